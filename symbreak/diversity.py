@@ -24,8 +24,8 @@ def _choose(name: str, value: str, allowed: tuple) -> str:
     return value
 
 def _double(x: Tensor) -> Tensor:
-    "Out of the graph, and in float64 (float32 on a device that has no float64)"
-    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+    "A copy to work in place on, out of the graph, in float64 (float32 on a device that has no float64)"
+    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
 
 # %% ../nbs/04_diversity.ipynb #44512a7c
 def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 dimension, any dtype, no NaN
@@ -37,10 +37,11 @@ def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 di
     if not x.numel() or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: {dim} of shape {tuple(x.shape)}; allowed: an axis of a tensor that is not empty")
     if not atol >= 0: raise ValueError(f"atol: {atol!r}; allowed: >= 0")
-    if x.isnan().any(): raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
     rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
+    others = rows[(rows != rows[:1]).any(1)]  # has every row with a NaN that the first lacks
+    if rows[0].isnan().any() or others.isnan().any():
+        raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
     if atol: return _groups(rows, atol)
-    others = rows[(rows != rows[:1]).any(1)]
     return 1 + (len(others.unique(dim=0)) if len(others) else 0)
 
 def _groups(rows: Tensor, atol: float) -> int:
@@ -53,14 +54,15 @@ def _groups(rows: Tensor, atol: float) -> int:
 # %% ../nbs/04_diversity.ipynb #ba337758
 def _mean_correlation(vectors: Tensor, constant: str) -> Tensor:
     "Mean Pearson correlation over pairs of rows of `vectors` (n, d), as a 0-d tensor, with no host sync"
-    x = _double(vectors)
-    x = x - x[:, :1]  # a constant row becomes exactly zero; subtracting its mean would leave rounding noise
-    x = x - x.mean(1, keepdim=True)
-    norm = x.norm(dim=1, keepdim=True)
-    varies = (norm != 0).to(x.dtype)
-    u = x / torch.where(norm == 0, 1., norm)
+    u = _double(vectors)
+    u -= u[:, :1].clone()  # a constant row becomes exactly zero; subtracting its mean would leave rounding noise
+    u -= u.mean(1, keepdim=True)
+    norm = u.norm(dim=1, keepdim=True)
+    varies = (norm != 0).squeeze(1).to(u.dtype)
+    u /= torch.where(norm == 0, 1., norm)
     m, n = varies.sum(), len(u)
-    among = 1 - ((u - u.sum(0) / m.clamp(min=1)) * varies).square().sum() / (m - 1)  # NaN at m = 1, by 0 / 0
+    u.addr_(varies, u.sum(0) / m.clamp(min=1), alpha=-1)  # u - mean, where u is not zero
+    among = 1 - u.square_().sum() / (m - 1)
     if constant == "drop": return torch.where(m > 1, among, torch.nan)
     if constant == "nan": return torch.where((m == n) & (m > 1), among, torch.nan)
     pairs, varying = n * (n - 1) / 2, m * (m - 1) / 2
@@ -120,10 +122,13 @@ def _norm_orbits(model: nn.Module) -> list[Tensor]:
 def _spread(orbits: list[Tensor], device: torch.device) -> Tensor:
     "Squared distance from the symmetric part, largest distance from the first copy, squared norm"
     total = torch.zeros(3, device=device, dtype=_double(torch.zeros((), device=device)).dtype)
-    for copies in map(_double, orbits):
-        gap = copies - copies[:1]
-        spread = torch.stack([(gap - gap.mean(0)).square().sum(), gap.abs().amax(), copies.square().sum()])
-        total = torch.stack([total[0] + spread[0], torch.maximum(total[1], spread[1]), total[2] + spread[2]])
+    for gap in map(_double, orbits):
+        norm = gap.flatten().dot(gap.flatten())
+        gap -= gap[:1].clone()
+        largest = torch.maximum(gap.amax(), -gap.amin())
+        gap -= gap.mean(0)
+        distance = gap.flatten().dot(gap.flatten())
+        total = torch.stack([total[0] + distance, torch.maximum(total[1], largest), total[2] + norm])
     return total
 
 def _ratio(distance: float, gap: float, norm: float) -> float:
@@ -167,10 +172,11 @@ def effective_width(activations: Tensor, # (n, c, h, w) or (n, c), float; every 
 
 def _effective_width(activations: Tensor) -> Tensor:
     "The same as a 0-d tensor, with no host sync"
-    x = _double(activations.movedim(1, 0).flatten(1))
-    x = x - x[:, :1]  # dead channels become exactly zero
-    x = x / torch.where((top := x.abs().amax()) == 0, 1., top)  # squares of squares must not underflow
-    x = x - x.mean(1, keepdim=True)
+    x = _double(activations.movedim(1, 0)).flatten(1)
+    x -= x[:, :1].clone()  # dead channels become exactly zero
+    top = torch.maximum(x.amax(), -x.amin())
+    x /= torch.where(top == 0, 1., top)  # squares of squares must not underflow
+    x -= x.mean(1, keepdim=True)
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     size = gram.square().sum()
     return torch.where(size == 0, 0., gram.trace().square() / size)
@@ -196,7 +202,8 @@ def layer_effective_width(model: nn.Module, # a network of `symbreak.nets`
 # %% ../nbs/04_diversity.ipynb #06edebfe
 def _count(x: Tensor, dim: int = 0) -> int | None:
     "`distinct_features`, or nothing for a diverged network"
-    return None if x.isnan().any() else distinct_features(x, dim)
+    try: return distinct_features(x, dim)
+    except ValueError: return None
 
 def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
             x: Tensor | None = None, # (n, c, h, w) images for the measures of activations; None: leave these out
