@@ -81,7 +81,10 @@ def default_store() -> Store:
     return Store(Path(os.environ.get("SYMBREAK_RUNS") or home()/"runs"), tuple(archives))
 
 # %% ../nbs/08_runs.ipynb #5ad2f2e6
-def _limit_threads() -> None: torch.set_num_threads(1)
+def _start_worker(isa: str) -> None:
+    "One thread, and the instruction set that the runs ask for, before oneDNN looks"
+    torch.set_num_threads(1)
+    if isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = isa
 
 def _train_in_process(store: Store, config: Config, deadline: float | None) -> str:
     "What a worker does; returns the run's status"
@@ -117,15 +120,20 @@ def _train_here(configs: list[Config], store: Store, deadline: float | None, tic
                     stop=None if deadline is None else lambda: time.time() >= deadline)
 
 def _train_in_parallel(configs: list[Config], store: Store, workers: int, deadline: float | None, tick) -> None:
-    "A pool of fresh processes; the first error stops the rest"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_limit_threads)
+    "Fresh processes, a pool for each instruction set; the first error stops the rest"
+    pools = {isa: ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(isa,))
+             for isa in dict.fromkeys(c.onednn_isa for c in configs)}
     try:
-        pending = {pool.submit(_train_in_process, store, config, deadline) for config in configs}
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in done: future.result()
-            if tick: tick()
+        for isa, pool in pools.items():
+            pending = {pool.submit(_train_in_process, store, config, deadline) for config in configs if config.onednn_isa == isa}
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done: future.result()
+                if tick: tick()
+            pool.shutdown()
     except BaseException:
-        for process in list((pool._processes or {}).values()): process.terminate()  # checkpoints are whole, so this loses seconds
+        for pool in pools.values():  # checkpoints are whole, so this loses seconds
+            for process in list((pool._processes or {}).values()): process.terminate()
         raise
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+    finally:
+        for pool in pools.values(): pool.shutdown(wait=True, cancel_futures=True)
