@@ -23,12 +23,14 @@ def _double(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 def input_correlation(features: Tensor, # (n, ...) features of n >= 2 inputs, float
-) -> float: # -1 / (n - 1) <= it <= 1; NaN if the features of an input are all zero
-    "Mean cosine, over pairs of inputs, of their flattened features (not centred)"
+) -> float: # -1 / (n - 1) <= it <= 1; NaN if fewer than two inputs have features that are not all zero
+    "Mean cosine, over pairs of inputs, of their flattened features (not centred); inputs without a direction are left out"
     if features.dim() < 2 or len(features) < 2:
         raise ValueError(f"features: shape {tuple(features.shape)}; allowed: (n, ...) with n >= 2 inputs")
     u = _double(features).flatten(1)
-    u, n = u / u.norm(dim=1, keepdim=True), len(u)
+    norm = u.norm(dim=1)
+    n = (norm != 0).sum()
+    u = u / torch.where(norm == 0, 1., norm)[:, None]
     return ((u.sum(0).square().sum() - n) / (n * (n - 1))).item()
 
 # %% ../nbs/03_propagation.ipynb #7ea93896
