@@ -74,13 +74,14 @@ def _vectors(weight: Tensor, over: str, max_kernels: int, seed: int) -> Tensor:
     if over == "forward": return weight.flatten(1)
     if over == "backward": return weight.transpose(0, 1).flatten(1)
     if weight[0, 0].numel() < 2:
-        raise ValueError(f"weight: shape {tuple(weight.shape)} has kernels of one tap; allowed for over='kernel': 2 taps or more")
+        raise ValueError(f"weight: shape {tuple(weight.shape)} has kernels of one tap; allowed for 'kernel': 2 or more")
     kernels = weight.flatten(0, 1).flatten(1)
     if len(kernels) <= max_kernels: return kernels
-    return kernels[torch.randperm(len(kernels), generator=torch.Generator().manual_seed(seed))[:max_kernels].to(weight.device)]
+    drawn = torch.randperm(len(kernels), generator=torch.Generator().manual_seed(seed))[:max_kernels]
+    return kernels[drawn.to(weight.device)]
 
 def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
-                       over: str = "forward", # "forward" (pairs of outputs), "backward" (of inputs), "kernel" (of kernels)
+                       over: str = "forward", # pairs of outputs "forward", inputs "backward", or kernels "kernel"
                        constant: str = "one", # vectors of zero variance: "one" as released, "nan", "drop"
                        max_kernels: int = 10_000, # for "kernel": how many to draw, >= 2
                        seed: int = 0, # for "kernel": of the draw
@@ -88,7 +89,8 @@ def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
     "Mean Pearson correlation over pairs of a layer's weight vectors (the paper's forward and backward correlation)"
     _choose("over", over, ("forward", "backward", "kernel"))
     _choose("constant", constant, ("one", "nan", "drop"))
-    if weight.dim() < 2: raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in) or (out, in, kh, kw)")
+    if weight.dim() < 2:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in) or (out, in, kh, kw)")
     if max_kernels < 2: raise ValueError(f"max_kernels: {max_kernels}; allowed: >= 2")
     return _mean_correlation(_vectors(weight, over, max_kernels, seed), constant).item()
 
@@ -209,7 +211,7 @@ def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
             x: Tensor | None = None, # (n, c, h, w) images for the measures of activations; None: leave these out
             constant: str = "one", # policy of `weight_correlation`
 ) -> dict: # plain lists and numbers, ready for JSON
-    "Every measure of this notebook, cheap enough for once per epoch; changes neither parameters nor statistics nor modes"
+    "Every measure of this notebook, cheap enough for every epoch; changes no parameter, statistic or mode"
     _choose("constant", constant, ("one", "nan", "drop"))
     layers, features = weight_layers(model), {}
     if x is not None:
@@ -217,7 +219,8 @@ def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
     spreads = _spreads(model)
     nothing = spreads.new_full((), torch.nan)
     def correlation(layer, over, applies):
-        return _mean_correlation(_vectors(layer.module.weight, over, 2, 0), constant).to(nothing) if applies else nothing
+        if not applies: return nothing
+        return _mean_correlation(_vectors(layer.module.weight, over, 2, 0), constant).to(nothing)
     numbers = torch.cat([
         spreads.flatten(),
         torch.stack([correlation(l, "forward", l.out_features) for l in layers]),
