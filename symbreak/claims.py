@@ -56,18 +56,23 @@ def _last(table: pd.DataFrame, curve: str, column: str = "test_accuracy") -> pd.
     return rows[rows.epoch == rows.epoch.max()].set_index("seed")[column]
 
 def _toy_accuracy(table: pd.DataFrame, distinct: int, noise: bool) -> pd.Series:
-    "Accuracy of the toy net by seed"
-    return table[(table.distinct_at_init == distinct) & ((table.noise > 0) == noise)].set_index("seed").test_accuracy
+    "Accuracy of the toy nets that are alive at initialisation, by seed"
+    return table[table.alive & (table.distinct_at_init == distinct) & ((table.noise > 0) == noise)].set_index("seed").test_accuracy
 
 def _toy_trend(table: pd.DataFrame) -> pd.Series:
     "Rank correlation of accuracy with distinct features, without noise, by seed"
     return pd.Series({seed: rows.distinct_at_init.corr(rows.test_accuracy, method="spearman")
-                      for seed, rows in table[table.noise == 0].groupby("seed")})
+                      for seed, rows in table[table.alive & (table.noise == 0)].groupby("seed")})
 
-def _depth_change(table: pd.DataFrame, network: str, column: str) -> pd.Series:
-    "Largest relative change of a signal between the shallowest and any deeper network, by seed"
-    def change(rows): return (rows[column] / rows.sort_values("depth")[column].iloc[0] - 1).abs().max()
-    return pd.Series({seed: change(rows) for seed, rows in table[table.network == network].groupby("seed")})
+def _depth_range(table: pd.DataFrame, network: str) -> pd.Series:
+    "Range over depths of the correlation between inputs at the last layer, by seed"
+    rows = table[(table.network == network) & (table.relative_depth == 1)].groupby("seed").correlation
+    return rows.max() - rows.min()
+
+def _gradient_ratio(table: pd.DataFrame, network: str) -> pd.Series:
+    "Largest over smallest gradient norm at the stem over depths, by seed"
+    rows = table[(table.network == network) & (table.layer == 0)].groupby("seed").gradient_norm
+    return rows.max() / rows.min()
 
 def _layer_mean(table: pd.DataFrame, curve: str, measure: str, first: bool = False) -> pd.Series:
     "Mean over layers of a measure, in the last (or first) epoch, by seed"
@@ -81,14 +86,18 @@ def _cost_ratio(table: pd.DataFrame, network: str) -> pd.Series:
     return step[step.columns.max()] / step[step.columns.min()]
 
 # %% ../nbs/13_claims.ipynb #d61f4176
+def _gap(table: pd.DataFrame, curve: str) -> pd.Series:
+    "Accuracy of the He twin minus that of a curve, last epochs, by seed"
+    return _last(table, "He init") - _last(table, curve)
+
 def _breaker_claims() -> list[Claim]:
-    "fig04 at quick scale: every breaker leaves the plateau, the control does not"
-    ours = ("quick",)
-    out = [Claim("fig04", f"ConstNet, identical features, {curve}: leaves the plateau", lambda t, c=curve: _last(t, c), low=0.93, unit="%", profiles=ours)
-           for curve in ("dropout 1 %", "one-ulp gradient noise", "random reduction order")]
-    out += [Claim("fig04", f"gap of {curve} to the He twin", lambda t, c=curve: _last(t, "He init") - _last(t, c), low=-0.02, high=0.02, unit="%")
-            for curve in ("dropout 1 %",)]
-    return out
+    "fig04 at quick scale, where every breaker is emulated"
+    ours, breakers = ("quick",), ("dropout 1 %", "one-ulp gradient noise", "random reduction order")
+    return [*(Claim("fig04", f"ConstNet, identical features, {curve}: leaves the plateau", lambda t, c=curve: _last(t, c), low=0.93, unit="%", profiles=ours)
+              for curve in breakers),
+            *(Claim("fig04", f"gap to the He twin: {curve}", lambda t, c=curve: _gap(t, c), low=-0.05, high=0.05, unit="%", profiles=ours) for curve in breakers),
+            Claim("fig04", "gap to the He twin closes: one-ulp noise, 3x as long", lambda t: _gap(t, "one-ulp noise, 3x as long"), low=-0.02, high=0.02, unit="%",
+                  profiles=ours)]
 
 CLAIMS: list[Claim] = [
     Claim("fig01", "toy net: accuracy rises with the number of distinct features (rank correlation, no noise)", _toy_trend, low=0.9),
@@ -96,6 +105,9 @@ CLAIMS: list[Claim] = [
           lambda t: _toy_accuracy(t, t.distinct_at_init.max(), False) - _toy_accuracy(t, 1, False), low=0.3, unit="%"),
     Claim("fig01", "toy net: a little noise repairs it (all distinct minus one with noise)",
           lambda t: _toy_accuracy(t, t.distinct_at_init.max(), False) - _toy_accuracy(t, 1, True), low=-0.03, high=0.03, unit="%"),
+    *(claim for net in ("ConstNet", "LeakyNet 1_iiii...") for claim in (
+        Claim("fig03", f"{net}: correlation between inputs does not depend on depth (range)", lambda t, n=net: _depth_range(t, n), high=1e-3),
+        Claim("fig03", f"{net}: gradient norm does not depend on depth (largest / smallest)", lambda t, n=net: _gradient_ratio(t, n), high=1.01))),
     Claim("fig04", "ConstNet, He init: trains", lambda t: _last(t, "He init"), low=0.95, unit="%", profiles=("quick",)),
     *_breaker_claims(),
     Claim("fig04", "exact control (never broken): stays near one-feature accuracy", lambda t: _last(t, "exact control"), high=0.4, unit="%"),

@@ -146,9 +146,11 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
     "Execute with parameters; the result appears under its name only when it is whole"
     import logging
     import papermill
+    from traitlets.config import Config
     logging.getLogger("papermill").setLevel(logging.ERROR)
     half = executed.with_name(f"half-{executed.name}")
-    try: papermill.execute_notebook(str(notebook), str(half), parameters, kernel_name="python3", progress_bar=False, cwd=str(Path.cwd()))
+    try: papermill.execute_notebook(str(notebook), str(half), parameters, kernel_name="python3", progress_bar=False, cwd=str(Path.cwd()),
+                                       config=Config(KernelManager={"transport": "ipc"}))  # no open ports, and no warning about them
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
     os.replace(half, executed)

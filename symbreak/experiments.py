@@ -37,8 +37,8 @@ class Profile:
     says: str  # one line for `symbreak list`
 
 PROFILES = {p.name: p for p in (
-    Profile("quick", Config(data="digits", depth=7, width=2, epochs=60, lr=0.1, batch_size=64), 3,
-            Config(data="digits", net="LeakyNet", init="1_iiii_iiii_iiii", depth=16, width=1, epochs=40, lr=0.03, batch_size=64),
+    Profile("quick", Config(data="digits", depth=7, width=2, epochs=60, lr=0.1, batch_size=64, measure_every=2), 3,
+            Config(data="digits", net="LeakyNet", init="1_iiii_iiii_iiii", depth=16, width=1, epochs=40, lr=0.03, batch_size=64, measure_every=2),
             "embedded 8x8 digits, ConstNet-7-2, minutes on two CPU cores"),
     Profile("cifar", Config(data="folder:cifar10-jpeg", depth=10, width=1, epochs=20, lr=0.1, train_size=10000), 3,
             Config(data="folder:cifar10-jpeg", net="LeakyNet", init="1_iiii_iiii_iiii", depth=16, width=1, epochs=20, lr=0.03, train_size=10000),
@@ -82,7 +82,9 @@ def _layers(run: Run) -> pd.DataFrame: return run.layers
 def _last(run: Run) -> pd.DataFrame: return run.history.tail(1)
 
 def _toy_rows(run: Run) -> pd.DataFrame:
-    return _last(run).assign(distinct_at_init=run.config.distinct, noise=run.config.weight_noise)
+    "A net is alive if some hidden unit responds to some test image at initialisation; a dead unit's copies are dead too"
+    start = run.layers[lambda t: (t.epoch == 0) & (t.measure == "effective_width")]
+    return _last(run).assign(distinct_at_init=run.config.distinct, noise=run.config.weight_noise, alive=(start.value > 0).all())
 
 @dataclass(frozen=True)
 class Experiment:
@@ -90,16 +92,17 @@ class Experiment:
     title: str
     curves: Callable[[Profile], dict[str, Config]] | None = None  # runs, if it is made of runs
     rows: Callable[[Run], pd.DataFrame] = _history  # what to keep of each run
-    measure: Callable[[Profile, torch.device], pd.DataFrame] | None = None  # or a measurement without training
+    measure: Callable[[Profile, torch.device], tuple[pd.DataFrame, str]] | None = None  # or a measurement without training, and its data
+    seeds: int | None = None  # runs per curve; None: as the profile says
 
 # %% ../nbs/11_experiments.ipynb #ab35a89a
 DEPTHS = (10, 16, 22, 40, 70, 100)
 
-def _propagation(profile: Profile, device: torch.device) -> pd.DataFrame:
+def _propagation(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str]:
     "fig03: signals at initialisation against depth"
     data = load(profile.base.data).to(device)
     images, _ = next(iter(data.loader("test", 32)))
-    return propagate(NETWORKS, DEPTHS, images, range(profile.seeds))
+    return propagate(NETWORKS, DEPTHS, images, range(profile.seeds)), data.label
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 10)
 
@@ -142,16 +145,16 @@ def _quotient_cost(images, labels, repeats: int = 7) -> pd.DataFrame:
                 if repeat: rows.append(dict(part="cost", network=name, width=width, repeat=repeat, step_s=seconds))
     return pd.DataFrame(rows)
 
-def _quotient(profile: Profile, device: torch.device) -> pd.DataFrame:
+def _quotient(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str]:
     "fig11: the quotient follows the wide network at a cost that does not depend on width"
     data = load("digits").to(device)
     images = data.train_images.double() / 255
     equality = [_quotient_equality(images, data.train_labels, seed) for seed in range(profile.seeds)]
-    return pd.concat([*equality, _quotient_cost(images.float(), data.train_labels)], ignore_index=True)
+    return pd.concat([*equality, _quotient_cost(images.float(), data.train_labels)], ignore_index=True), data.label
 
 # %% ../nbs/11_experiments.ipynb #24224290
 EXPERIMENTS = {
-    "fig01": Experiment("Fewer distinct features, lower accuracy; a little noise repairs it", _toy, _toy_rows),
+    "fig01": Experiment("Fewer distinct features, lower accuracy; a little noise repairs it", _toy, _toy_rows, seeds=8),
     "fig03": Experiment("Signals at initialisation do not depend on depth", measure=_propagation),
     "fig04": Experiment("Identical features train once something breaks the symmetry", _breakers),
     "fig05": Experiment("Weight correlation decays once symmetry is broken", _breakers, _layers),
@@ -172,7 +175,7 @@ def plan(name: str, # experiment
     resolve_device(device)
     if experiment.curves is None: return []
     return [(curve, replace(config, seed=seed, device=device, **({} if data is None else {"data": data})))
-            for seed in range(scale.seeds) for curve, config in experiment.curves(scale).items()]
+            for seed in range(experiment.seeds or scale.seeds) for curve, config in experiment.curves(scale).items()]
 
 # %% ../nbs/11_experiments.ipynb #feda1da8
 def source_digest() -> str:
@@ -212,9 +215,9 @@ def _take_measurement(name: str, profile: str, device: str, store: Store) -> pd.
     "Measure, and keep it in the store"
     torch.manual_seed(0)
     found = resolve_device(device)
-    table, where = EXPERIMENTS[name].measure(PROFILES[profile], found), provenance(found)
+    (table, label), where = EXPERIMENTS[name].measure(PROFILES[profile], found), provenance(found)
     seeds = sorted(int(s) for s in table.seed.dropna().unique()) if "seed" in table else []
-    came_from = dict(profile=profile, data=[], device=[where["device_name"]], torch=[where["torch"]], commit=[where["commit"]], seeds=seeds)
+    came_from = dict(profile=profile, data=[label], device=[where["device_name"]], torch=[where["torch"]], commit=[where["commit"]], seeds=seeds)
     kept = dict(source=source_digest(), provenance=came_from, rows=json.loads(table.to_json(orient="records", double_precision=15)))
     path = _measured_path(name, profile, device, store)
     path.parent.mkdir(parents=True, exist_ok=True)

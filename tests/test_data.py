@@ -1,0 +1,307 @@
+"What does not fit in the notebook's example cells: subprocesses, broken files, archives, caching, many processes"
+import gzip
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import md5
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from symbreak import data
+from symbreak.data import DataError, Loader, import_torchvision, load
+
+
+def python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env)
+
+
+def write_folder(root, test="test", classes=("cat", "dog"), size=(8, 8)):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 3), (test, 2)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = Image.fromarray(rng.integers(256, size=(*size, 3), dtype=np.uint8))
+                image.save(root / split / name / f"{i}.png")
+    return root
+
+
+def folder(root, cache, **kwargs): return load(f"folder:{root}", cache=cache, progress=False, **kwargs)
+
+
+def refuses(match, root, cache):
+    with pytest.raises(DataError, match=match) as e: folder(root, cache)
+    assert "\n" not in str(e.value)
+    assert not [p for p in cache.glob("*") if p.suffix != ".lock"] if cache.exists() else True
+
+
+# torchvision
+
+def test_torchvision_imports_whatever_its_build():
+    plain = python("import torchvision")
+    cured = python("from symbreak.data import import_torchvision as tv; print(tv().datasets.CIFAR10.tgz_md5, tv() is tv())")
+    assert cured.stdout.split() == ["c58f30108f718f92721af3b95e74349a", "True"], cured.stderr
+    if plain.returncode: assert "torchvision::nms" in plain.stderr
+
+
+def test_torchvision_after_a_failed_import():
+    code = "\n".join(["try: import torchvision", "except RuntimeError: pass",
+                      "from symbreak.data import import_torchvision", "import_torchvision().transforms"])
+    assert python(code).returncode == 0
+
+
+def stand_in(tmp_path, body):
+    (tmp_path / "torchvision.py").write_text(body)
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_working_torchvision_is_left_alone(tmp_path):
+    code = "import torch; from symbreak.data import import_torchvision as tv; tv(); print(hasattr(torch.ops.torchvision, 'nms'))"
+    assert python(code, **stand_in(tmp_path, "")).stdout.strip() == "False"
+
+
+def test_other_import_failures_pass_through(tmp_path):
+    run = python("from symbreak.data import import_torchvision as tv; tv()", **stand_in(tmp_path, "raise RuntimeError('other')"))
+    assert "RuntimeError: other" in run.stderr
+
+
+# archives
+
+def cifar_archive(folder, name="cifar-10-python.tar.gz"):
+    "A tiny archive of CIFAR-10's layout, and the checksums that torchvision would have to know"
+    rng, sums, root = np.random.default_rng(0), {}, "cifar-10-batches-py"
+    (folder / root).mkdir(parents=True)
+    files = {f"data_batch_{i}": 4 for i in range(1, 6)} | {"test_batch": 10}
+    content = {file: dict(data=rng.integers(256, size=(n, 3072), dtype=np.uint8), labels=[i % 2 for i in range(n)])
+               for file, n in files.items()} | {"batches.meta": dict(label_names=["cat", "dog"])}
+    for file, value in content.items():
+        raw = pickle.dumps(value)
+        (folder / root / file).write_bytes(raw)
+        sums[file] = md5(raw).hexdigest()
+    with tarfile.open(folder / name, "w:gz") as tar: tar.add(folder / root, root)
+    return sums, md5((folder / name).read_bytes()).hexdigest(), content
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    "A mirror folder, and a torchvision that expects what it holds"
+    mirror = tmp_path / "mirror"
+    sums, tgz_md5, content = cifar_archive(mirror)
+    cls = import_torchvision().datasets.CIFAR10
+    monkeypatch.setattr(cls, "tgz_md5", tgz_md5)
+    monkeypatch.setattr(cls, "train_list", [[f, sums[f]] for f in sums if f.startswith("data")])
+    monkeypatch.setattr(cls, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cls, "meta", dict(filename="batches.meta", key="label_names", md5=sums["batches.meta"]))
+    monkeypatch.delenv("SYMBREAK_MIRROR", raising=False)
+    return mirror, content
+
+
+@pytest.mark.parametrize("how", ["argument", "environment", "one file"])
+def test_cifar_from_a_mirror(cifar, tmp_path, monkeypatch, how):
+    mirror, content = cifar
+    uri = mirror.as_uri() + ("/cifar-10-python.tar.gz" if how == "one file" else "")
+    if how == "environment": monkeypatch.setenv("SYMBREAK_MIRROR", uri)
+    cache = tmp_path / "cache"
+    a = load("cifar10", cache=cache, mirror=None if how == "environment" else uri, progress=False)
+    assert torch.equal(a.test_images, torch.from_numpy(content["test_batch"]["data"]).view(-1, 3, 32, 32))
+    assert a.test_labels.dtype == torch.int64 and a.test_labels.tolist() == [0, 1] * 5
+    assert (a.classes, a.label, a.augment, a.pad, a.mean[0]) == (("cat", "dog"), "CIFAR-10", "crop_flip", 4, 125.3 / 255)
+    assert sorted(p.name for p in cache.iterdir()) == ["cifar10.lock", "cifar10.pt"]
+    assert load("cifar10", cache=cache, mirror="file:///nowhere").digest == a.digest  # the cache needs no network
+
+
+def test_archive_by_hand(cifar, tmp_path):
+    mirror, _ = cifar
+    by_hand = mirror / "cifar-10-python.tar.gz"
+    assert len(load("cifar10", cache=mirror, mirror="file:///nowhere", progress=False).train_labels) == 20
+    (mirror / "cifar10.pt").unlink()
+    by_hand.write_bytes(by_hand.read_bytes()[:100])
+    with pytest.raises(DataError, match="cifar-10-python.tar.gz: corrupt archive; delete it, or replace it") as e:
+        load("cifar10", cache=mirror)
+    assert "\n" not in str(e.value) and by_hand.exists() and not (mirror / "cifar10.pt").exists()
+
+
+def test_corrupt_download_leaves_nothing(cifar, tmp_path):
+    mirror, _ = cifar
+    (mirror / "cifar-10-python.tar.gz").write_bytes(b"half")
+    cache = tmp_path / "cache"
+    with pytest.raises(DataError, match="wrong checksum.*put the file at .*cache/cifar-10-python.tar.gz"):
+        load("cifar10", cache=cache, mirror=mirror.as_uri(), progress=False)
+    assert [p.name for p in cache.iterdir()] == ["cifar10.lock"]
+
+
+@pytest.mark.parametrize("source", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("mirror", ["http://127.0.0.1:9/", "no-scheme", "file:///nowhere"])
+def test_offline(tmp_path, source, mirror):
+    with pytest.raises(DataError, match="cannot download .*put the file at .*md5.*SYMBREAK_MIRROR.*'digits'") as e:
+        load(source, cache=tmp_path, mirror=mirror, progress=False)
+    assert "\n" not in str(e.value) and [p.name for p in tmp_path.iterdir()] == [f"{source}.lock"]
+
+
+def test_mnist(tmp_path, monkeypatch):
+    rng, mirror, resources, images = np.random.default_rng(0), tmp_path / "mirror", [], {}
+    mirror.mkdir()
+    for part, n in (("train", 30), ("t10k", 20)):
+        images[part] = rng.integers(256, size=(n, 28, 28), dtype=np.uint8)
+        for name, raw in ((f"{part}-images-idx3-ubyte.gz", struct.pack(">4i", 2051, n, 28, 28) + images[part].tobytes()),
+                          (f"{part}-labels-idx1-ubyte.gz", struct.pack(">2i", 2049, n) + bytes(i % 10 for i in range(n)))):
+            (mirror / name).write_bytes(gzip.compress(raw))
+            resources.append((name, md5((mirror / name).read_bytes()).hexdigest()))
+    monkeypatch.setattr(import_torchvision().datasets.MNIST, "resources", resources)
+    a = load("mnist", cache=tmp_path / "cache", mirror=mirror.as_uri(), progress=False)
+    assert torch.equal(a.test_images[:, 0], torch.from_numpy(images["t10k"]))
+    assert a.train_labels.tolist() == [i % 10 for i in range(30)] and (a.augment, a.pad, a.num_classes) == ("none", 2, 10)
+    assert abs(a.mean[0] - images["train"].mean() / 255) < 1e-12
+
+
+# folders
+
+def test_folder_cache_is_reused_until_a_file_changes(tmp_path, monkeypatch):
+    root, cache = write_folder(tmp_path / "a"), tmp_path / "cache"
+    first = folder(root, cache)
+    decode, calls = data._decode, []
+    monkeypatch.setattr(data, "_decode", lambda *args: calls.append(1) or decode(*args))
+    assert folder(root, cache).digest == first.digest and not calls
+    Image.new("RGB", (8, 8), "red").save(root / "train" / "cat" / "0.png")
+    changed = folder(root, cache)
+    assert calls and changed.digest != first.digest
+    assert changed.train_images[0, :, 0, 0].tolist() == [255, 0, 0]
+    assert sorted(p.suffix for p in cache.iterdir()) == [".lock", ".pt"]
+
+
+def test_folder_pixels_labels_and_names(tmp_path):
+    root = write_folder(tmp_path / "a", test="val", size=(16, 24))
+    Image.new("L", (24, 16), 7).save(root / "val" / "dog" / "1.png")
+    (root / "val" / "dog" / ".DS_Store").touch()
+    a = folder(root, tmp_path / "cache", train_size=4)
+    assert a.test_images.shape == (4, 3, 16, 24) and a.test_labels.tolist() == [0, 0, 1, 1]
+    assert a.test_images[3].unique().tolist() == [7]
+    expected = np.asarray(Image.open(root / "val" / "cat" / "0.png")).transpose(2, 0, 1)
+    assert torch.equal(a.test_images[0], torch.from_numpy(expected.copy()))
+    assert (a.name, a.label, a.pad, a.size) == ("folder:a", "a", 2, 16) and a.train_labels.tolist() == [0, 0, 1, 1]
+    x, _ = next(iter(a.loader("train", 4)))
+    assert x.shape == (4, 3, 16, 24)
+
+
+def test_moved_folder_is_the_same_data(tmp_path):
+    a = folder(write_folder(tmp_path / "a"), tmp_path / "cache")
+    b = folder((tmp_path / "a").rename(tmp_path / "b"), tmp_path / "cache")
+    assert a.digest == b.digest and (a.label, b.label) == ("a", "b")
+
+
+def test_cache_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "here"))
+    folder(write_folder(tmp_path / "a"), None)
+    assert list((tmp_path / "here").glob("a-*.pt"))
+
+
+def test_many_processes_decode_once(tmp_path):
+    root, cache, env = write_folder(tmp_path / "a"), tmp_path / "cache", dict(OMP_NUM_THREADS="1")
+    code = f"from symbreak.data import load; print(load('folder:{root}', cache='{cache}', progress=False).digest)"
+    with ThreadPoolExecutor(3) as pool: runs = list(pool.map(lambda _: python(code, **env), range(3)))
+    assert {run.stdout.strip() for run in runs} == {folder(root, cache).digest}, runs[0].stderr
+
+
+def test_folder_errors_name_the_culprit(tmp_path):
+    root, cache = write_folder(tmp_path / "a"), tmp_path / "cache"
+    refuses("nowhere: no such folder", tmp_path / "nowhere", cache)
+
+    odd = root / "train" / "dog" / "9.png"
+    odd.write_text("text")
+    refuses("dog/9.png: not a readable 8-bit image", root, cache)
+    odd.write_bytes((root / "train" / "dog" / "0.png").read_bytes()[:60])
+    refuses("dog/9.png: not a readable 8-bit image", root, cache)
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(odd)
+    refuses("dog/9.png: not a readable 8-bit image .*more than 8 bits", root, cache)
+    Image.new("RGB", (8, 9)).save(odd)
+    refuses("dog/9.png: 8x9 pixels, but .*train/cat/0.png has 8x8", root, cache)
+    odd.unlink()
+    odd.mkdir()
+    refuses("dog/9.png: not a readable 8-bit image", root, cache)
+    odd.rmdir()
+
+    (root / "train" / "emu").mkdir()
+    refuses("train/emu: empty class", root, cache)
+    Image.new("RGB", (8, 8)).save(root / "train" / "emu" / "0.png")
+    refuses("class in only one of train and test: emu", root, cache)
+    (root / "train" / "emu" / "0.png").rename(root / "train" / "0.png")
+    (root / "train" / "emu").rmdir()
+    refuses("train/0.png: not a folder; expected train/<class>/<image>", root, cache)
+    (root / "train" / "0.png").unlink()
+
+    (root / "test").rename(root / "elsewhere")
+    refuses("no folder 'test' or 'valid' or 'val'", root, cache)
+    (root / "test").mkdir()
+    refuses("test: no class folders", root, cache)
+
+
+def test_broken_cache(tmp_path):
+    root, cache = write_folder(tmp_path / "a"), tmp_path / "cache"
+    digest = folder(root, cache).digest
+    stored, = cache.glob("*.pt")
+    raw = stored.read_bytes()
+    for damaged in (b"", raw[:-100], raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:], b"x" * 500):
+        stored.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a-\w+.pt: damaged cache file; delete it"): folder(root, cache)
+    stored.unlink()
+    assert folder(root, cache).digest == digest
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    refuses("cannot write the cache .*No space left on device.*SYMBREAK_CACHE", write_folder(tmp_path / "a"), tmp_path / "cache")
+
+
+# sources and loaders
+
+def test_digits_does_not_touch_the_global_generators():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1]
+    a = load("digits", train_size=500, test_size=100)
+    for _ in a.loader("train", 64, augment="crop_flip"): pass
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert load("digits").digest == load("digits").digest and (len(a.train_labels), len(a.test_labels)) == (500, 100)
+
+
+@pytest.mark.parametrize("source", ["", "imagenet", "folder", "folder:", "Digits"])
+def test_unknown_source(source):
+    with pytest.raises(ValueError, match="source: unknown .*allowed: digits, mnist, cifar10, cifar100, folder:PATH"): load(source)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "crop_flip"])
+def test_loader_resumes_bit_identically(augment):
+    a = load("digits")
+    loader = a.loader("train", 100, augment=augment, seed=3)
+    for _ in range(2): list(loader)
+    state = loader.state_dict()
+    resumed = a.loader("train", 100, augment=augment, seed=4)
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        for (x, y), (u, v) in zip(loader, resumed, strict=True):
+            assert torch.equal(x, u) and torch.equal(y, v) and x.dtype == u.dtype == torch.float32
+
+
+def test_every_offset_and_both_flips_occur_equally():
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(20000, 1, 1, 1)
+    loader = Loader(images, torch.zeros(20000), 20000, (0.,), (1 / 255,), augment="crop_flip", pad=1)
+    (x, _), = loader
+    views, counts = torch.unique(x, dim=0, return_counts=True)
+    assert len(views) == 18 and (counts / 20000 - 1 / 18).abs().max() < 5 * (1 / 18 / 20000) ** 0.5  # five sigma
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_sync_on_cuda():
+    loader = load("digits", device="cuda").loader("train", 100, augment="crop_flip")
+    list(loader)
+    torch.cuda.set_sync_debug_mode("error")
+    try: list(loader)
+    finally: torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,83 @@
+"""What needs several processes: two at once, one that is killed, a budget."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from symbreak.runs import Store, execute
+from symbreak.train import Config, Run, read_lines, train
+
+TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1, augment="crop", gradient_ulps=1)
+CODE = """
+import sys, torch
+from dataclasses import replace
+from symbreak.runs import Store, execute
+from symbreak.train import Config
+torch.set_num_threads(1)
+if __name__ == "__main__":
+    base = Config.from_dict(eval(sys.argv[2]))
+    execute([replace(base, seed=s) for s in range(3)], Store(sys.argv[1]), workers=2)
+"""
+
+
+def start(folder, config):
+    return subprocess.Popen([sys.executable, "-c", CODE, str(folder), repr(config.changed)], stderr=subprocess.PIPE, text=True)
+
+
+def visible(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+
+
+def test_two_processes_at_once_train_each_run_once(tmp_path):
+    both = [start(tmp_path, TINY) for _ in range(2)]
+    for process in both:
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+    for seed in range(3):
+        config = replace(TINY, seed=seed)
+        folder = Store(tmp_path).folder(config)
+        assert visible(folder) == ["config.json", "metrics.jsonl", "model.pt", "record.json"]
+        assert [row["epoch"] for row in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+        assert Run.load(folder).record["status"] == "finished"
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    config = replace(TINY, epochs=30)
+    code = "import sys; from symbreak.train import *; train(Config.from_dict(eval(sys.argv[2])), sys.argv[1], checkpoint_every_s=0)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), repr(config.changed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 6 and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "run" / "checkpoint.pt").exists(), "killed too late to say anything"
+    resumed = train(config, tmp_path / "run")
+    straight = train(config)
+    assert resumed.metrics == straight.metrics
+    assert resumed.record["digests"] == straight.record["digests"]
+
+
+def test_budget_pauses_and_the_next_call_goes_on(tmp_path):
+    store, configs = Store(tmp_path), [replace(TINY, seed=s) for s in range(2)]
+    assert execute(configs, store, workers=2, budget_s=0) == []
+    runs = execute(configs, store, workers=2)
+    assert [run.config for run in runs] == configs
+
+
+def test_workers_run_under_the_instruction_set_that_is_asked_for(tmp_path):
+    config = replace(TINY, onednn_isa="AVX2", epochs=1)
+    assert execute([config], Store(tmp_path))[0].record["config"]["onednn_isa"] == "AVX2"
+
+
+def test_an_error_in_a_worker_reaches_the_caller(tmp_path):
+    with pytest.raises(ValueError, match="in_channels|data|source"):
+        execute([replace(TINY, data="nowhere")], Store(tmp_path))
+
+
+def test_display_counts_what_is_on_disk(tmp_path):
+    store, ticks = Store(tmp_path), []
+    execute([TINY], store, tick=lambda: ticks.append(store.epochs_done(TINY)))
+    assert ticks[-1] == TINY.epochs and ticks == sorted(ticks)
