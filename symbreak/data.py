@@ -117,6 +117,8 @@ def stratified(labels: Tensor, # (n,) int64
     return labels.argsort(stable=True)[steps].sort().values
 
 # %% ../nbs/00_data.ipynb #3cd760ad
+_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+
 def _digest(*tensors):
     h = hashlib.sha256()
     for t in tensors:
@@ -146,7 +148,7 @@ class Dataset:
     @property
     def size(self) -> int: return min(self.train_images.shape[2:])  # pixels, the shorter side
     @property
-    def tensors(self): return self.train_images, self.train_labels, self.test_images, self.test_labels
+    def tensors(self) -> tuple[Tensor, ...]: return tuple(getattr(self, name) for name in _TENSORS)
     @cached_property
     def digest(self) -> str: return _digest(*self.tensors)  # sha256 of the tensors
 
@@ -157,8 +159,7 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         "The same data on another device"
-        images, labels, test_images, test_labels = (t.to(device) for t in self.tensors)
-        return replace(self, train_images=images, train_labels=labels, test_images=test_images, test_labels=test_labels)
+        return replace(self, **{name: t.to(device) for name, t in zip(_TENSORS, self.tensors)})
 
     def subset(self,
         train_size: int | None = None, # training images to keep; None keeps all
@@ -204,8 +205,6 @@ def cache_dir(cache: str | Path | None = None, # a folder; None: $SYMBREAK_CACHE
 ) -> Path:
     "Where decoded and downloaded data are kept"
     return Path(cache or os.environ.get("SYMBREAK_CACHE") or xdg_cache_home() / "symbreak").expanduser()
-
-_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 def _read(path, key):
     "What `_cached` stored in `path`, or None if there is nothing, or something made from other data"
@@ -263,12 +262,12 @@ def _classes(split):
 
 # %% ../nbs/00_data.ipynb #d209bf57
 def _image(path):
-    "One image as (height, width, 3) bytes"
+    "One image as (3, height, width) bytes"
     from PIL import Image
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF": raise ValueError(f"mode {image.mode!r}, more than 8 bits per channel")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
         raise DataError(f"{path}: not a readable 8-bit image ({e}); remove or repair it") from e
 
@@ -281,14 +280,14 @@ def _decode(files, progress, chunk=256):
         for i, path in enumerate(files[start:start + chunk], start):
             image = _image(path)
             if image.shape != out.shape[1:]:
-                (h, w, _), (h0, w0, _) = image.shape, out.shape[1:]
+                (_, h, w), (_, h0, w0) = image.shape, out.shape[1:]
                 raise DataError(f"{path}: {w}x{h} pixels, but {files[0]} has {w0}x{h0}; all images must have one size")
             out[i] = image
     starts = range(0, len(files), chunk)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in track(pool.map(fill, starts), "decoding images", total=len(starts), disable=not progress,
                        transient=True, console=Console(file=sys.stderr)): pass
-    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(out)
 
 # %% ../nbs/00_data.ipynb #f2145438
 def _folder(root, cache, progress):
@@ -354,7 +353,8 @@ def _fetch(path, md5, bases, by_hand, progress):
                     "or give a mirror with mirror= or SYMBREAK_MIRROR, or use the source 'digits' or 'folder:PATH'")
 
 # %% ../nbs/00_data.ipynb #67c1e659
-_CIFAR_STATS = dict(mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255)) # as released
+_CIFAR_STATS = dict(mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), # as released, for CIFAR-100 too
+                    std=(63.0 / 255, 62.1 / 255, 66.7 / 255))
 _TORCHVISION = dict(mnist=("MNIST", "MNIST", dict(augment="none", pad=2)),
                     cifar10=("CIFAR10", "CIFAR-10", dict(augment="crop_flip", pad=4, **_CIFAR_STATS)),
                     cifar100=("CIFAR100", "CIFAR-100", dict(augment="crop_flip", pad=4, **_CIFAR_STATS)))

@@ -52,7 +52,8 @@ def lines(table: pd.DataFrame, # tidy
           percent: bool = False, # show y times 100
           **line, # passed on to Axes.plot
 ) -> Axes: # the same axes
-    "One line per curve: mean over seeds, band from lowest to highest"
+    "One line per curve: mean over seeds, band from lowest to highest; rows without y (not measured) are left out"
+    table = table.dropna(subset=[y])
     order = order or list(dict.fromkeys(table[curve]))
     for name, colour, dash in zip(order, cycle(COLOURS), cycle(DASHES)):
         points = spread(table[table[curve] == name], [x], y).sort_values(x)

@@ -275,7 +275,7 @@ class Run:
 
     @property
     def history(self) -> "pandas.DataFrame":
-        "A row per epoch; epoch 0 is before training, and measures are absent from epochs that were not measured"
+        "A row per epoch; epoch 0 is before training, and measures are NaN in epochs that were not measured"
         import pandas as pd
         return pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in self.metrics])
 
@@ -308,7 +308,7 @@ class Run:
         return cls(Config.from_dict(record["config"]), read_lines(folder/"metrics.jsonl"), read_lines(folder/"steps.jsonl"), record)
 
 # %% ../nbs/07_train.ipynb #9f1542e2
-PROBE_IMAGES = 128  # test images on which features are measured
+PROBE_IMAGES = 64  # test images on which features are measured
 
 class Trainer:
     "The state of one run and the loop over one epoch"
