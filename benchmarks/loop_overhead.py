@@ -1,0 +1,89 @@
+"""What the training loop costs over bare forward + backward + step on one fixed batch, side by side in one process.
+
+    python benchmarks/loop_overhead.py [--rounds 7]
+
+Each round times, in turns, the same number of steps (a) on a fixed batch and (b) as an epoch of the loop: shuffled and augmented batches, loss and accuracy,
+metrics as JSON lines. It also times (c) one measurement of diversity and (d) one pass over the test images. `loop` is (b) over (a); `loop + measuring` adds (c), spread over
+`measure_every` epochs, and is what must stay below 5 %. Testing is real work on other images, so it has its own column. Medians over rounds.
+"""
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+from symbreak.data import Dataset, load
+from symbreak.diversity import measure
+from symbreak.train import Config, Trainer, provenance
+
+
+def random_images(train: int = 1024, test: int = 256, size: int = 32) -> Dataset:
+    """A stand-in for CIFAR-10: what the pixels show does not change what a step costs."""
+    g = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (n, 3, size, size), generator=g, dtype=torch.uint8) for n in (train, test)]
+    labels = [torch.arange(n) % 10 for n in (train, test)]
+    return Dataset("random", "random images", images[0], labels[0], images[1], labels[1], tuple("0123456789"), (0.5,) * 3, (0.25,) * 3, "crop_flip", 4)
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def bare_steps(trainer: Trainer, batches: list) -> None:
+    """The same batch sizes as an epoch, on batches that were made beforehand."""
+    trainer.model.train()
+    for x, y in batches:
+        loss = F.cross_entropy(trainer.model(x), y)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trainer.optimizer.step()
+
+
+def epoch_and_log(trainer: Trainer, file) -> None:
+    file.write(json.dumps(trainer.run_epoch()) + "\n")
+    file.flush()
+
+
+def compare(config: Config, data: Dataset, rounds: int) -> dict:
+    """Median seconds of every part, and the overheads."""
+    trainer = Trainer(config, data, torch.device("cpu"))
+    loader = trainer.train_data
+    x, y = next(iter(loader))
+    batches = [(x[:n], y[:n]) for n in [config.batch_size] * (len(loader.images) // config.batch_size) + [len(loader.images) % config.batch_size] if n]
+    times = {"bare": [], "loop": [], "measuring": [], "testing": []}
+    with tempfile.TemporaryFile("w") as file:
+        for round_ in range(rounds + 1):  # the first one warms up
+            row = dict(bare=seconds(lambda: bare_steps(trainer, batches)), loop=seconds(lambda: epoch_and_log(trainer, file)),
+                       measuring=seconds(lambda: measure(trainer.model, trainer.probe)), testing=seconds(trainer.test_accuracy))
+            for name, value in row.items() if round_ else ():
+                times[name].append(value)
+    bare = times["bare"]
+    def overhead(values): return 100 * statistics.median(v / b - 1 for v, b in zip(values, bare))
+    measured = [loop + m / config.measure_every for loop, m in zip(times["loop"], times["measuring"])]
+    return dict(steps=len(batches), bare_s=statistics.median(bare), loop=overhead(times["loop"]), measured=overhead(measured),
+                testing=100 * statistics.median(t / b for t, b in zip(times["testing"], bare)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    where = provenance(torch.device("cpu"))
+    print(f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}, commit {where['commit']}, {options.rounds} rounds")
+    print(f"{'':22}{'steps':>6}{'bare':>10}{'loop':>9}{'loop + measuring':>18}{'testing':>9}")
+    base = Config(depth=10, width=2, init="he", lr=0.01)
+    for name, config, data in (("digits 8x8, k=2", replace(base, measure_every=2), load("digits")), ("32x32, k=2", base, random_images())):
+        r = compare(config, data, options.rounds)
+        print(f"{name:22}{r['steps']:6d}{r['bare_s']:9.3f}s{r['loop']:+8.1f}%{r['measured']:+17.1f}%{r['testing']:8.1f}%")
+
+
+if __name__ == "__main__":
+    main()
