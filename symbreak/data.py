@@ -290,6 +290,10 @@ def _decode(files, progress, chunk=256):
     return torch.from_numpy(out)
 
 # %% ../nbs/00_data.ipynb #f2145438
+def _locate(path, cache):
+    "A relative path means a folder here or in the cache folder, so that a configuration need not name a machine's folders"
+    return next((p.absolute() for p in (path, cache / path) if p.is_dir()), path)
+
 def _folder(root, cache, progress):
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected one with train/<class>/<image> and test/<class>/<image>")
@@ -396,6 +400,6 @@ def load(source: str = "digits", # "digits", "mnist", "cifar10", "cifar100" or "
     elif source in _TORCHVISION:
         data = _torchvision(source, cache_dir(cache), mirror or os.environ.get("SYMBREAK_MIRROR"), progress)
     elif kind == "folder" and path:
-        data = _folder(Path(path).expanduser().resolve(), cache_dir(cache), progress)
+        data = _folder(_locate(Path(path).expanduser(), cache_dir(cache)), cache_dir(cache), progress)
     else: raise ValueError(f"source: unknown {source!r}; allowed: {', '.join(SOURCES)}")
     return data.subset(train_size, test_size).to(device)
