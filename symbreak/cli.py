@@ -20,17 +20,15 @@ import tyro
 
 # %% ../nbs/14_cli.ipynb #b51ac0f5
 class Progress:
-    "Which figure, which runs, how many epochs are done, time left"
-    def __init__(self, store, configs: list, every_s: float = 20.):
+    "Which figure, which run, how many of its epochs are done, and the time left for it"
+    def __init__(self, store, figures: int, every_s: float = 20.):
         from rich.console import Console
         from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        self.store, self.configs, self.every_s = store, list(dict.fromkeys(configs)), every_s
-        self.console, self.figure, self.printed, self.started = Console(stderr=True), "", time.monotonic(), time.monotonic()
-        self.total = sum(c.epochs for c in self.configs)
-        self.already = None
+        self.store, self.figures, self.every_s, self.count = store, figures, every_s, 0
+        self.console = Console(stderr=True)
         self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
                        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
-        self.task = self.bar.add_task("", total=self.total or None)
+        self.task = self.bar.add_task("", total=None)
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal: self.bar.start()
@@ -39,28 +37,35 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.console.is_terminal: self.bar.stop()
 
-    def start(self, figure: str) -> None:
-        "The figure that what follows is about"
-        self.figure, self.printed = figure, 0.
+    def start(self, figure: str, configs: list) -> None:
+        "The figure that what follows is about, and its runs"
+        self.count += 1
+        self.name, self.configs, self.total = f"{figure} ({self.count} of {self.figures})", configs, sum(c.epochs for c in configs)
+        self.began, self.printed, self.already = time.monotonic(), -self.every_s, sum(map(self.store.epochs_done, configs))
+        self.bar.reset(self.task, total=self.total or 1, completed=self.already)
         self.tick()
+
+    def say(self, what: str) -> None:
+        "What is being done apart from training"
+        if self.console.is_terminal: self.bar.update(self.task, description=f"{self.name}: {what}")
+        else: print(f"{self.name}: {what}", file=sys.stderr, flush=True)
 
     def tick(self) -> None:
         "Look at what is on disk and show it"
-        done = [self.store.epochs_done(c) for c in self.configs]
-        epochs, runs = sum(done), sum(self.store.find(c) is not None for c in self.configs)
-        if self.already is None: self.already = epochs
-        text = f"{self.figure}  run {min(runs + 1, len(done))} of {len(done)}"
+        if not self.configs: return
+        epochs = sum(map(self.store.epochs_done, self.configs))
+        runs = sum(self.store.find(c) is not None for c in self.configs)
+        text = f"{self.name}: {runs} of {len(self.configs)} runs finished"
         if self.console.is_terminal: self.bar.update(self.task, description=text, completed=epochs)
         elif time.monotonic() - self.printed >= self.every_s:
             self.printed = time.monotonic()
-            print(f"{text}, {epochs} of {self.total} epochs, {self._left(epochs)}", file=sys.stderr, flush=True)
+            print(f"{text}, {epochs} of {self.total} epochs{self._left(epochs)}", file=sys.stderr, flush=True)
 
     def _left(self, epochs: int) -> str:
-        "Time left at the pace of this call"
-        if epochs >= self.total: return "all trained"
-        if epochs <= self.already: return "time left unknown"
-        seconds = (time.monotonic() - self.started) / (epochs - self.already) * (self.total - epochs)
-        return f"about {seconds / 60:.1f} min left"
+        "Time left for this figure, at its own pace"
+        if not self.already < epochs < self.total: return ""
+        seconds = (time.monotonic() - self.began) / (epochs - self.already) * (self.total - epochs)
+        return f", about {seconds / 60:.1f} min left"
 
 # %% ../nbs/14_cli.ipynb #f8a10625
 @dataclass
@@ -96,13 +101,13 @@ class Reproduce:
         notebooks = {name: find_notebook(name) for name in names}
         for folder in (store.root, out): check_writable(folder)
         deadline, tables = None if self.budget_min is None else time.monotonic() + 60 * self.budget_min, {}
-        with Progress(store, [c for configs in planned.values() for c in configs]) as progress:
+        with Progress(store, len(names)) as progress:
             for name in names:
-                progress.start(name)
+                progress.start(name, planned[name])
                 left_s = None if deadline is None else max(0., deadline - time.monotonic())
                 if left_s == 0. and not planned[name]: tables[name] = collect(name, self.profile, self.device, self.data, store)
                 else: tables[name] = reproduce(name, self.profile, self.device, self.data, store, self.workers, left_s, progress.tick)
-                if not tables[name].attrs["missing"]: make_figure(name, notebooks[name], tables[name], self, store, out)
+                if not tables[name].attrs["missing"]: make_figure(name, notebooks[name], tables[name], self, store, out, progress.say)
         return print_claims(tables, self.profile, self.strict)
 
 # %% ../nbs/14_cli.ipynb #81b0fb8a
@@ -131,13 +136,14 @@ def figure_key(notebook: Path, table, options: Reproduce) -> str:
     parts = (source_digest(), options.profile, options.device, str(options.data), table.to_csv(index=False))
     return hashlib.sha256(notebook.read_bytes() + "\n".join(parts).encode()).hexdigest()
 
-def make_figure(name: str, notebook: Path, table, options: Reproduce, store, out: Path) -> None:
+def make_figure(name: str, notebook: Path, table, options: Reproduce, store, out: Path, say) -> None:
     "Execute a figure's notebook, unless its files are there and up to date"
     from symbreak.train import write_json
     made, key = Path(store.root)/"made"/f"{options.profile}-{name}.json", figure_key(notebook, table, options)
     executed = out/f"{name}.ipynb"
     fresh = made.exists() and json.loads(made.read_text()) == [key, str(out.absolute())]
-    if fresh and executed.exists() and (out/f"{name}.png").exists(): return
+    if fresh and executed.exists() and (out/f"{name}.png").exists(): return say("up to date")
+    say(f"executing {notebook.name}")
     execute_notebook(notebook, executed, dict(profile=options.profile, device=options.device, data=options.data, out=str(out.absolute())))
     made.parent.mkdir(parents=True, exist_ok=True)
     write_json(made, [key, str(out.absolute())])
@@ -148,11 +154,14 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
     import papermill
     from traitlets.config import Config
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    half = executed.with_name(f"half-{executed.name}")
+    half = executed.with_name(f".half-{executed.name}")
     try: papermill.execute_notebook(str(notebook), str(half), parameters, kernel_name="python3", progress_bar=False, cwd=str(Path.cwd()),
                                        config=Config(KernelManager={"transport": "ipc"}))  # no open ports, and no warning about them
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
+    except KeyboardInterrupt:
+        half.unlink(missing_ok=True)
+        raise
     os.replace(half, executed)
 
 # %% ../nbs/14_cli.ipynb #8b33f93e
