@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'WORKSPACE', 'GRANULARITIES', 'TILE', 'MAX_CHUNKS', 'switches', 'numerics', 'deterministic', 'perturb_',
-           'input_noise', 'ulp_noise_', 'sum_in_random_order', 'RandomReductionConv2d', 'random_reduction_']
+           'input_noise', 'ulp_noise_', 'next_float_', 'sum_in_random_order', 'RandomReductionConv2d',
+           'random_reduction_']
 
 # %% ../nbs/05_breaking.ipynb #4fee402d
 import os
@@ -123,6 +124,15 @@ def ulp_noise_(parameters: Iterable[Tensor], # their `.grad` is changed in place
         may_move = ((bits & torch.iinfo(bits.dtype).max) >= ulps) & grad.isfinite()  # never across zero
         move = torch.randint(-ulps, ulps + 1, bits.shape, generator=generator, dtype=bits.dtype, device=bits.device)
         bits += move * may_move
+
+# %% ../nbs/05_breaking.ipynb #fb78a312
+@torch.no_grad()
+def next_float_(weight: Tensor, # any shape, float; changed in place
+) -> Tensor: # the same tensor
+    "Move the largest element in magnitude (the first of equals) to the next floating-point number away from zero"
+    index = torch.unravel_index(weight.abs().argmax(), weight.shape)
+    weight[index] = torch.nextafter(weight[index], torch.copysign(torch.full_like(weight[index], torch.inf), weight[index]))
+    return weight
 
 # %% ../nbs/05_breaking.ipynb #d1276ed7
 GRANULARITIES = ("element", "row", "tile", "global")

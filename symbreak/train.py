@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import symbreak
-from .breaking import input_noise, numerics, perturb_, random_reduction_, ulp_noise_
+from .breaking import input_noise, next_float_, numerics, perturb_, random_reduction_, ulp_noise_
 from .data import Dataset, load
 from .diversity import layer_asymmetry, measure
-from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
+from .nets import ConstNet, LeakyNet, UniqueFeatureMLP, weight_layers
 from .quotient import quotient
 
 # %% ../nbs/07_train.ipynb #293f9d05
@@ -69,6 +69,10 @@ class Config:
     "breaker: sum convolution weight gradients in a random order drawn per ... (hardware: as the device does)"
     reduction_chunks: int = 4
     "how many partial sums a random reduction adds up"
+    ulp_layer: str = ""
+    "breaker: move the largest weight of that layer (such as stages.1.0.conv) to the next floating-point number, once"
+    ulp_step: int = 0
+    "after that many steps (0: before the first)"
     input_noise: float = 0.
     "null control: standard deviation of noise on the normalised images"
     quotient: bool = False
@@ -111,6 +115,8 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self): _check_field(f.name, getattr(self, f.name), _HINTS[f.name])
+        if self.compile and self.reduction != "hardware":
+            raise ValueError(f"compile: True with reduction={self.reduction!r}, whose order of summation a compiler may change; allowed: False")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -136,7 +142,7 @@ class Config:
         return " ".join(f"{k}={v}" for k, v in self.changed.items()) or "defaults"
 
 # %% ../nbs/07_train.ipynb #3a74b54e
-_MINIMUM = dict(train_size=1, test_size=1, depth=1, width=1, distinct=1, weight_noise=0, gradient_ulps=0, reduction_chunks=1,
+_MINIMUM = dict(train_size=1, test_size=1, depth=1, width=1, distinct=1, weight_noise=0, gradient_ulps=0, ulp_step=0, reduction_chunks=1,
                 input_noise=0, epochs=0, batch_size=1, lr=0, momentum=0, weight_decay=0, measure_every=1, measure_steps=0, dropout=0)
 
 def _check_field(name: str, value, hint) -> None:
@@ -330,6 +336,13 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum,
                                          weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
         self._load_data(data.to(device))
+        if config.ulp_layer: self._nudge()
+
+    def _nudge(self) -> None:
+        "Move one weight by one ulp if this is the step to do it"
+        layers = {layer.name: layer.module for layer in weight_layers(self.model)}
+        if self.config.ulp_layer not in layers: raise ValueError(f"ulp_layer: {self.config.ulp_layer!r}; allowed: {', '.join(layers)}")
+        if self.step == self.config.ulp_step: next_float_(layers[self.config.ulp_layer].weight)
 
     def _load_data(self, data: Dataset) -> None:
         "Loaders for training and testing, and a fixed batch of test images to measure features on"
@@ -367,6 +380,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         self.step += 1
+        if self.config.ulp_layer: self._nudge()
         if self.step == 1: self.digests.append(weights_digest(self.model))
         if self.step <= self.config.measure_steps:
             self.steps.append(dict(step=self.step, layer_asymmetry=list(layer_asymmetry(self.model).values())))
