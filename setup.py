@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-EXTRAS = ["dev", "tensorboard", "slurm"]
+EXTRAS = ["dev", "docs", "tensorboard", "slurm"]
 
 setup(
     name=cfg["lib_name"],

@@ -184,19 +184,33 @@ def print_claims(tables: dict, profile: str, strict: bool) -> int: # exit code
 
 @dataclass
 class Report:
-    "Print the table of claims from what is finished; train nothing"
-    profile: str = "quick"
-    "quick, cifar or paper"
+    "Print the table of claims and write the report in HTML, from what is finished; train nothing"
+    profile: str = "all"
+    "quick, cifar, paper, or all of which something is finished"
     device: str = "auto"
     "as for reproduce"
     data: str | None = None
     "as for reproduce"
+    figures: Path | None = None
+    "where `reproduce` put the figures; default: figures/"
+    out: Path | None = None
+    "folder for index.html and notebooks/; default: build/report"
     strict: bool = False
     "exit with 1 if a claim is not reproduced"
 
     def __call__(self) -> int:
-        from symbreak.experiments import EXPERIMENTS, collect
-        return print_claims({name: collect(name, self.profile, self.device, self.data) for name in EXPERIMENTS}, self.profile, self.strict)
+        from symbreak.experiments import EXPERIMENTS, PROFILES, collect
+        from symbreak.report import find_notebooks, write_report
+        from symbreak.runs import home
+        if self.profile not in (*PROFILES, "all"): raise ValueError(f"profile: {self.profile!r}; allowed: {', '.join(PROFILES)}, all")
+        wanted = PROFILES if self.profile == "all" else (self.profile,)
+        tables = {profile: {name: collect(name, profile, self.device, self.data) for name in EXPERIMENTS} for profile in wanted}
+        if self.profile == "all": tables = {p: t for p, t in tables.items() if p == "quick" or any(len(table) for table in t.values())}
+        code = max(print_claims(named, profile, self.strict) for profile, named in tables.items())
+        notebooks, out = find_notebooks(), self.out or home()/"build"/"report"
+        check_writable(out)
+        print(f"Report: {write_report(out, tables, self.figures, notebooks)}")
+        return code
 
 # %% ../nbs/14_cli.ipynb #4ee08b3b
 @dataclass
@@ -266,7 +280,7 @@ Train deep networks whose features all start identical, and watch what breaks th
   reproduce   train what is missing, execute the figure notebooks, print the table of claims
   train       train one network
   list        list the experiments and how many of their runs are finished
-  report      print the table of claims from what is finished
+  report      print the table of claims and write the report in HTML, from what is finished
 
 symbreak VERB --help lists the options of a verb. Set SYMBREAK_DEBUG=1 for tracebacks."""
 
