@@ -29,7 +29,7 @@ from .breaking import input_noise, next_float_, numerics, perturb_, random_reduc
 from .data import Dataset, load
 from .diversity import layer_asymmetry, measure
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP, weight_layers
-from .quotient import quotient
+from .quotient import expand, quotient
 
 # %% ../nbs/07_train.ipynb #293f9d05
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ class Trainer:
         if self.config.ulp_layer: self._nudge()
         if self.step == 1: self.digests.append(weights_digest(self.model))
         if self.step <= self.config.measure_steps:
-            self.steps.append(dict(step=self.step, layer_asymmetry=list(layer_asymmetry(self.model).values())))
+            self.steps.append(dict(step=self.step, layer_asymmetry=list(layer_asymmetry(self.wide_model()).values())))
 
     @torch.no_grad()
     def test_accuracy(self) -> float:
@@ -394,9 +394,13 @@ class Trainer:
             with self.autocast(): correct += (self.forward(x).argmax(1) == y).sum()
         return correct.item() / len(self.test_data.labels)
 
+    def wide_model(self) -> nn.Module:
+        "The network whose symmetry is measured: a quotient is expanded first"
+        return expand(self.model) if self.config.quotient else self.model
+
     def measure(self) -> dict:
         "Test accuracy and the diversity of weights and features"
-        accuracy, found = self.test_accuracy(), measure(self.model, self.probe)
+        accuracy, found = self.test_accuracy(), measure(self.wide_model(), self.probe)
         self.layers, self.blocks = found.pop("layers"), found.pop("blocks")
         return dict(test_accuracy=accuracy, distinct_features=max(filter(None, found["distinct"]), default=None), **found)
 
@@ -462,6 +466,12 @@ def train(config: Config, # what to train
         return _Loop(trainer, folder, record, report, stop, checkpoint_every_s).run()
 
 # %% ../nbs/07_train.ipynb #ad2c5c13
+def _without_nan(value):
+    "NaN is not JSON; what could not be measured (a diverged network) becomes null"
+    if isinstance(value, dict): return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list): return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
 class _Loop:
     "Epochs until the end, with everything that is written about them"
     def __init__(self, trainer, folder, record, report, stop, checkpoint_every_s):
@@ -495,6 +505,7 @@ class _Loop:
         "One line of metrics, with the best test accuracy so far beside the last"
         accuracies = [r["test_accuracy"] for r in (*self.metrics, row) if r.get("test_accuracy") is not None and r["epoch"] > 0]
         if accuracies: row["best_test_accuracy"] = max(accuracies)
+        row = _without_nan(row)
         self.metrics.append(row)
         if self.folder is not None:
             with (self.folder/"metrics.jsonl").open("a") as f: f.write(json.dumps(row) + "\n")

@@ -1,0 +1,80 @@
+"""Training: arithmetic that is refused, every option on a few steps, and resuming for every kind of run."""
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from symbreak import train as training
+from symbreak.train import Config, learning_rate, train, weights_digest
+
+TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
+
+
+def bits(run):
+    return weights_digest(run.model)
+
+
+def test_bf16_without_the_instructions_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(training, "cpu_has_bf16", lambda: False)
+    with pytest.raises(ValueError, match="AVX512-BF16.*allowed here: float32, float64"):
+        train(replace(TINY, precision="bf16", device="cpu"))
+
+
+def test_bf16_where_the_instructions_are_there(monkeypatch):
+    monkeypatch.setattr(training, "cpu_has_bf16", lambda: True)  # slow without them, but right
+    run = train(replace(TINY, precision="bf16", init="he", device="cpu"))
+    assert run.record["status"] == "finished"
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("option", [
+    dict(precision="float64"), dict(channels_last=True), dict(skip="rectified"), dict(reduction="row"), dict(reduction="global"),
+    dict(weight_noise=1e-3), dict(input_noise=0.1), dict(gradient_ulps=2), dict(quotient=True), dict(deterministic=True), dict(augment="crop"),
+    dict(schedule="released"), dict(schedule="constant"), dict(measure_every=2), dict(data_seed=7),
+    dict(net="LeakyNet", init="1_i11", lr=0.01), dict(net="UniqueFeatureMLP", width=32, distinct=4),
+    dict(net="UniqueFeatureMLP", width=32, distinct=4, quotient=True),
+], ids=str)
+def test_option_trains_and_resumes_to_the_same_bits(tmp_path, option):
+    config = replace(TINY, device="cpu", **option)
+    straight = train(config)
+    assert straight.record["status"] == "finished" and straight.record["config"] == asdict(config)
+    while (resumed := train(config, tmp_path / "run", stop=lambda: True)).record["status"] == "paused":
+        pass
+    assert bits(resumed) == bits(straight)
+    assert resumed.metrics == straight.metrics
+
+
+def test_compiled_training_runs(tmp_path):
+    run = train(replace(TINY, compile=True, epochs=1, device="cpu"))
+    assert run.record["status"] == "finished"
+
+
+@pytest.mark.parametrize("bad, message", [
+    (dict(compile=True, reduction="element"), "compile"), (dict(quotient=True, dropout=0.1), "dropout"),
+    (dict(net="UniqueFeatureMLP", width=32, reduction="element"), "convolution")])
+def test_options_that_do_not_go_together(bad, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(TINY, **bad))
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    train(replace(TINY, epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_learning_rate_is_scaled_by_the_length():
+    config = Config(epochs=10, lr=1.)
+    assert [round(learning_rate(config, e), 6) for e in range(10)] == [1, 1, 1, .2, .2, .2, .04, .04, .008, .008]
+
+
+def test_steps_are_measured_and_survive_a_pause(tmp_path):
+    config = replace(TINY, gradient_ulps=1, measure_steps=5, device="cpu")
+    straight = train(config)
+    while (resumed := train(config, tmp_path / "run", stop=lambda: True)).record["status"] == "paused":
+        pass
+    assert [row["step"] for row in straight.steps] == [1, 2, 3, 4, 5]
+    assert resumed.steps == straight.steps
+    assert set(straight.step_layers.layer) == set(straight.record["layers"])
