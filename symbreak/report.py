@@ -79,7 +79,7 @@ CSS = ":root {color-scheme: light dark; " + PALETTE + "}\n@media screen and (pre
 * {box-sizing: border-box}
 html {-webkit-text-size-adjust: 100%; scroll-behavior: smooth}
 body {margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word}
-main {max-width: 66rem; margin: 0 auto; padding: 1rem 1.1rem 4rem}
+main {max-width: 72rem; margin: 0 auto; padding: 1rem 1.1rem 4rem}
 h1 {font-size: 1.9rem; line-height: 1.2; margin: 1rem 0}
 h2 {font-size: 1.4rem; margin: 2.6rem 0 .8rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line)}
 h3 {font-size: 1.15rem; margin: 2rem 0 .6rem}
@@ -94,7 +94,7 @@ table {border-collapse: collapse; font-size: .92rem}
 caption {text-align: left; color: var(--soft); padding-bottom: .4rem}
 th, td {text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid var(--line)}
 thead th {border-bottom: 2px solid var(--line)}
-table.claims {width: 100%} table.claims td:nth-child(n+3) {white-space: nowrap} table.claims td:nth-child(8) {white-space: normal}
+table.claims {width: 100%} table.claims td.statement {min-width: 20rem} table.claims td:nth-child(n+3) {white-space: nowrap} table.claims td:nth-child(8) {white-space: normal}
 .verdict {display: inline-block; padding: 0 .5rem; border-radius: 1rem; font-weight: 600; white-space: nowrap}
 .reproduced {color: var(--good); background: var(--good-ground)}
 .not-reproduced {color: var(--bad); background: var(--bad-ground)}
@@ -107,10 +107,11 @@ math {font-size: 1.08em} math[display=block] {overflow-x: auto; overflow-y: hidd
 @media screen and (max-width: 48rem) {
  table.claims, table.claims tbody, table.claims tr, table.claims td, table.claims caption {display: block; width: 100%}
  table.claims thead {position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden}
- table.claims tr {border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .3rem 0; margin: .7rem 0}
- table.claims td {border: 0; padding: .15rem .8rem; white-space: normal !important}
- table.claims td::before {content: attr(data-label) ": "; color: var(--soft)}
- table.claims td.statement {font-weight: 600} table.claims td.statement::before {content: none}
+ table.claims tr {border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .4rem .8rem; margin: .7rem 0}
+ table.claims td {display: inline-block; width: auto; border: 0; padding: .1rem .9rem .1rem 0; white-space: normal !important}
+ table.claims td::before {content: attr(data-label) " "; color: var(--soft)}
+ table.claims td.statement {display: block; min-width: 0; font-weight: 600} table.claims td.statement::before {content: none}
+ figure .scroll img {max-width: none; width: max(100%, 36rem)}
  h1 {font-size: 1.5rem}
 }
 @media print {
@@ -150,7 +151,7 @@ CODE_CSS = (HtmlFormatter(style="default").get_style_defs(".highlight") + "\n@me
 NOTEBOOK_CSS = """
 .highlight pre {margin-bottom: 0} .prompt, .anchor-link {display: none} .output_subarea {overflow-x: auto}
 .output_subarea pre {background: none; padding: .2rem .8rem} .output_png, .output_html {padding: .4rem .8rem}
-table.dataframe {margin: .3rem 0} table.dataframe tr {text-align: left !important}
+table.dataframe {margin: .3rem 0; border: 0} table.dataframe :is(th, td) {border-width: 0 0 1px} table.dataframe tr {text-align: left !important}
 """
 
 class Exporter(HTMLExporter):
@@ -283,7 +284,7 @@ computed from the data; no number of the paper is quoted.</p>
 {%- for p in f.pictures %}
 {%- if p.source %}
 <figure>
-<img src="{{ p.source }}" alt="{{ p.alt }}">
+<div class="scroll" role="group" aria-label="{{ f.name }} at profile {{ p.profile }}" tabindex="0"><img src="{{ p.source }}" alt="{{ p.alt }}"></div>
 <figcaption>{{ p.provenance }}
 {%- if p.stale %}. Drawn from other results than those that the claims are judged by; <code>{{ p.command }}</code> draws it again{% endif %}
 {%- if p.link %}. <a href="{{ p.link }}">{{ "Notebook with its results" if p.executed else "Notebook, not executed here" }}</a>{% endif %}</figcaption>
