@@ -254,16 +254,22 @@ def train_one(config, folder: Path | None) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
     from symbreak.runs import default_store
-    from symbreak.train import Run, train
+    from symbreak.train import train
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
     folder = folder or default_store().folder(config)
     check_writable(folder)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    console, printed = Console(stderr=True), time.monotonic()
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=config.epochs)
-        def report(epoch, row): bar.update(task, completed=epoch, description=f"test accuracy {100 * row.get('test_accuracy', 0):.1f} %")
-        finished = (folder/"record.json").exists() and Run.load(folder).record["status"] != "paused"
-        run = Run.load(folder) if finished else train(config, folder, report)
+        def report(epoch, row):
+            nonlocal printed
+            accuracy = f"test accuracy {100 * row['test_accuracy']:.1f} %" if row.get("test_accuracy") is not None else "training"
+            bar.update(task, completed=epoch, description=accuracy)
+            if not console.is_terminal and time.monotonic() - printed > 20:
+                printed = time.monotonic()
+                print(f"epoch {epoch} of {config.epochs}: {accuracy}", file=sys.stderr, flush=True)
+        run = train(config, folder, report)
     last = run.metrics[-1]
     print(f"{run.record['status']} after {run.record['epochs_done']} epochs in {run.record['wall_s']:.0f} s: {folder}")
     for name in ("train_loss", "train_accuracy", "test_accuracy", "best_test_accuracy", "asymmetry", "distinct_features"):

@@ -6,7 +6,6 @@
 __all__ = ['KEPT', 'home', 'Store', 'default_store', 'default_workers', 'execute']
 
 # %% ../nbs/08_runs.ipynb #41cd93db
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from .train import Config, Run, claim_folder, read_lines, resolve_device, train
+from .train import Config, Run, claim_folder, is_finished, read_lines, resolve_device, train
 
 # %% ../nbs/08_runs.ipynb #db5301d9
 def home() -> Path:
@@ -41,10 +40,8 @@ class Store:
 
     def find(self, config: Config) -> Path | None:
         "The folder of the finished run of `config`, wherever it is"
-        for folder in (self.folder(config), *(Path(archive)/config.hash for archive in self.archives)):
-            record = folder/"record.json"
-            if record.exists() and json.loads(record.read_text())["status"] != "paused": return folder
-        return None
+        folders = (self.folder(config), *(Path(archive)/config.hash for archive in self.archives))
+        return next(filter(is_finished, folders), None)
 
     def load(self, config: Config) -> Run | None:
         "The finished run of `config`, or None"
@@ -61,8 +58,7 @@ class Store:
         if run := self.load(config): return run
         folder = self.folder(config)
         claim_folder(folder, config)
-        with FileLock(folder/".lock"):
-            return self.load(config) or train(config, folder, **kwargs)
+        with FileLock(folder/".lock"): return train(config, folder, **kwargs)
 
     def archive(self, config: Config, archive: Path) -> Path:
         "Copy the small files of a finished run into an archive"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBE_IMAGES', 'Config', 'learning_rate', 'resolve_device', 'cpu_has_bf16', 'check_precision', 'check_isa', 'build',
            'weights_digest', 'git_commit', 'device_name', 'provenance', 'write_atomic', 'write_json', 'write_lines',
-           'read_lines', 'Run', 'Trainer', 'claim_folder', 'read_checkpoint', 'train']
+           'read_lines', 'Run', 'Trainer', 'claim_folder', 'is_finished', 'read_checkpoint', 'train']
 
 # %% ../nbs/07_train.ipynb #eda6f414
 import hashlib
@@ -437,6 +437,11 @@ def claim_folder(folder: Path, config: Config) -> None:
             raise ValueError(f"folder: {folder} holds a run of another configuration ({f.name} is {theirs!r}, asked for {ours!r}); "
                              "use another folder or delete it")
 
+def is_finished(folder: Path) -> bool:
+    "Does the folder hold a run that reached its end, by its last epoch or by diverging?"
+    record = Path(folder)/"record.json"
+    return record.exists() and json.loads(record.read_text())["status"] != "paused"
+
 def read_checkpoint(path: Path, device: torch.device) -> dict:
     "The trainer's state, or an error that says what to do with a broken file"
     try: return torch.load(path, map_location=device, weights_only=True)
@@ -450,13 +455,15 @@ def train(config: Config, # what to train
           stop=None, # called as stop() after each epoch; true: checkpoint and return with status "paused"
           checkpoint_every_s: float = 15., # seconds between checkpoints
           data: Dataset | None = None, # loaded already, to share it between runs; None: load config.data
-) -> Run: # with history, record and the trained model
+) -> Run: # with history and record, and with the trained model unless the folder's run was finished already
     "Train one network; in a folder, go on where an earlier call stopped"
     device = resolve_device(config.device)
     check_precision(config.precision, device)
     check_isa(config.onednn_isa)
     folder = None if folder is None else Path(folder)
-    if folder is not None: claim_folder(folder, config)
+    if folder is not None:
+        claim_folder(folder, config)
+        if is_finished(folder): return Run.load(folder)
     if data is None: data = load(config.data, train_size=config.train_size, test_size=config.test_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
          numerics(deterministic=config.deterministic or None, tf32=config.precision == "tf32") as switches:
@@ -478,8 +485,12 @@ class _Loop:
         self.trainer, self.folder, self.record, self.report, self.stop = trainer, folder, record, report, stop
         self.checkpoint_every_s, self.metrics, self.wall_s = checkpoint_every_s, [], 0.
         if folder is not None and (folder/"checkpoint.pt").exists(): self._resume()
-        else: trainer.digests.append(weights_digest(trainer.model))
+        else: self._start()
         self.saved = self.started = time.perf_counter()
+
+    def _start(self) -> None:
+        self.trainer.digests.append(weights_digest(self.trainer.model))
+        if self.folder is not None: write_lines(self.folder/"metrics.jsonl", [])  # of a run killed before its first checkpoint
 
     def _resume(self) -> None:
         state = read_checkpoint(self.folder/"checkpoint.pt", self.trainer.device)
