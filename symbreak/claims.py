@@ -106,6 +106,12 @@ def _breaker_claims() -> list[Claim]:
             Claim("fig04", "gap to the He twin closes: one-ulp noise, 3x as long", lambda t: _gap(t, "one-ulp noise, 3x as long"), low=-0.02, high=0.02, unit="%",
                   profiles=ours)]
 
+def _table_claims() -> list[Claim]:
+    "tab01: one point is the paper's scale; smaller test sets and nets cannot tell less than two apart (360 digits: 1 % each way, 3 seeds)"
+    points = {"quick": 0.02, "cifar": 0.02, "paper": 0.01}
+    return [Claim("tab01", f"identical with 1 % dropout, profile {profile}: last-epoch accuracy of the He twin minus its own", lambda t: _gap(t, "dropout 1 %"),
+                  low=-band, high=band, unit="%", profiles=(profile,)) for profile, band in points.items()]
+
 def _width_claims() -> list[Claim]:
     "fig08: within a factor of 1.25, that is a quarter, is called similar"
     where = {"dropout 1 %": ("quick", "cifar", "paper"), "one-ulp gradient noise": ("quick", "cifar"), "hardware noise": ("paper",)}
@@ -137,6 +143,9 @@ CLAIMS: list[Claim] = [
     *_width_claims(),
     Claim("fig11", "wide network and quotient: largest relative difference of the loss (float64)",
           lambda t: t[t.part == "equality"].groupby("seed").relative_difference.max(), high=1e-10),
+    *_table_claims(),
+    Claim("tab01", "what identical features come to unbroken: accuracy of the He twin minus that of the exact control", lambda t: _gap(t, "exact control"),
+          low=0.2, unit="%"),
     Claim("fig11", "quotient: a step at width 10 costs as much as at width 1 (ratio)", lambda t: _cost_ratio(t, "quotient"), high=1.5),
 ]
 

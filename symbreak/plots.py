@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'RC', 'LABELS', 'style', 'figure', 'spread', 'lines', 'legend_right', 'log_ticks', 'toy',
            'propagation', 'accuracy', 'asymmetry', 'by_layer', 'correlation', 'effective_width', 'width_ratio',
-           'quotient_equality', 'quotient_cost', 'small_print', 'save']
+           'accuracy_table', 'markdown', 'error_dots', 'quotient_equality', 'quotient_cost', 'small_print', 'save',
+           'save_text']
 
 # %% ../nbs/12_plots.ipynb #e1e5b34c
 import json
+import math
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -161,6 +163,35 @@ def width_ratio(table: pd.DataFrame, ax: Axes, order: list[str], twin: str = "He
     ax.set(xlabel="features after", ylabel=f"effective width, last epoch\n(in units of {twin})")
     return ax
 
+# %% ../nbs/12_plots.ipynb #38a7ac12
+def accuracy_table(table: pd.DataFrame, # last epochs: columns data, curve, seed, epoch, test_accuracy, best_test_accuracy
+) -> pd.DataFrame: # one row per data set and curve: seeds, epochs, last and best accuracy in %, mean ± standard deviation over seeds
+    "tab01: the numbers as text"
+    def text(values): return f"{100 * values.mean():.2f}" + (f" ± {100 * values.std():.2f}" if len(values) > 1 else "")
+    rows = table.groupby(["data", "curve"], sort=False)
+    return rows.agg(seeds=("seed", "nunique"), epochs=("epoch", "max"), last=("test_accuracy", text), best=("best_test_accuracy", text)).reset_index()
+
+def markdown(table: pd.DataFrame) -> str:
+    "A table in Markdown"
+    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+def error_dots(table: pd.DataFrame, ax: Axes) -> Axes:
+    "tab01: test error of every curve in the last epoch on one data set; dots are seeds, the line is mean ± standard deviation"
+    curves = list(dict.fromkeys(table.curve))
+    for y, (curve, colour) in enumerate(zip(curves, cycle(COLOURS))):
+        error = 100 * (1 - table[table.curve == curve].test_accuracy)
+        ax.errorbar(error.mean(), y, xerr=error.std() if len(error) > 1 else None, color=colour, marker="D", markersize=6, capsize=4)
+        ax.plot(error, [y + 0.25] * len(error), "o", color=colour, markersize=3)
+        ax.annotate(f"{100 - error.mean():.1f} %", (1.02, y), xycoords=("axes fraction", "data"), va="center")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if x / 10 ** math.floor(math.log10(x)) in (2, 5) else "")
+    ax.set_yticks(range(len(curves)), curves)
+    ax.invert_yaxis()
+    ax.set(xlabel="test error, last epoch (%); accuracy on the right", title=table.data.iloc[0])
+    return ax
+
 # %% ../nbs/12_plots.ipynb #f5ec6501
 def quotient_equality(table: pd.DataFrame, ax: Axes) -> Axes:
     "fig11, left: relative difference of the losses of a wide network and its quotient"
@@ -205,3 +236,8 @@ def save(fig: Figure, table: pd.DataFrame, name: str, folder: Path | str) -> Pat
     write_atomic(folder/f"{name}.json", lambda f: f.write((json.dumps(table.attrs, indent=1) + "\n").encode()))
     write_atomic(folder/f"{name}.png", lambda f: fig.savefig(f, format="png", metadata={"Software": None}))
     return folder/f"{name}.png"
+
+def save_text(text: str, name: str, folder: Path | str) -> None:
+    "A small text file beside the figures, whole or not at all"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(folder)/name, lambda f: f.write(text.encode()))
