@@ -1,0 +1,125 @@
+"""The documentation site, as far as it can be checked without building it: `make docs` does that, and checks every link."""
+import ast
+import importlib.util
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import pytest
+import submitit
+import yaml
+
+from symbreak import report
+from symbreak.report import mathml
+from symbreak.train import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+WRITTEN = sorted(DOCS.rglob("*.md"))
+
+
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+HOOKS = hooks()
+MADE = ([n.page for n in HOOKS.notebooks() + HOOKS.figure_notebooks()] + [f"reference/{n.module}.md" for n in HOOKS.notebooks()]
+        + list(HOOKS.pictures()))
+
+
+def leaves(nav):
+    if isinstance(nav, str): return [nav]
+    return [leaf for item in (nav.values() if isinstance(nav, dict) else nav) for leaf in leaves(item)]
+
+
+def test_configuration_needs_no_network_and_names_files_that_exist():
+    assert CONFIG["theme"]["font"] is False and CONFIG["use_directory_urls"] is False and "offline" in CONFIG["plugins"]
+    assert CONFIG["site_dir"] == "build/site"
+    for name in [*CONFIG["extra_css"], *CONFIG["extra"]["polyfills"]]: assert (DOCS / name).is_file()
+    for name in CONFIG["hooks"]: assert (ROOT / name).is_file()
+    assert not re.search(r"https?://", (ROOT / "mkdocs.yml").read_text())
+
+
+def test_every_page_of_the_navigation_exists_and_every_page_is_in_it():
+    nav = leaves(HOOKS.expand(CONFIG["nav"]))
+    assert "..." not in nav and len(set(nav)) == len(nav)
+    pages = {p.relative_to(DOCS).as_posix() for p in WRITTEN} | {p for p in MADE if p.endswith(".md")}
+    assert set(nav) == pages
+
+
+def test_notebooks_come_in_reading_order():
+    labels = [n.label for n in HOOKS.notebooks()]
+    assert labels.index("init") < labels.index("nets") < labels.index("propagation") < labels.index("cli")
+    for label in labels: assert f"**[{label}](" in HOOKS.reading_list()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.stem)
+def test_links_of_written_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not link.startswith("http"):
+            path = (page.parent / link).resolve()
+            assert path.is_file() or path.relative_to(DOCS).as_posix() in MADE, link
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.stem)
+def test_python_in_written_pages_compiles_and_imports(page):
+    for block in re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+        tree = ast.parse("\n".join(line[len(block[0]):] for line in block[1].splitlines()))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for name in node.names: assert hasattr(module, name.name), f"{node.module}.{name.name}"
+
+
+def test_options_of_the_command_that_pages_mention_exist(capsys):
+    from symbreak import cli
+    known = ""
+    for verb in cli.VERBS:
+        with pytest.raises(SystemExit): cli.main([verb, "--help"])
+        known += capsys.readouterr().out
+    for page in WRITTEN:
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text()):
+            assert option in known or option in ("--help",), f"{page.name}: {option}"
+
+
+def test_every_formula_of_the_notebooks_is_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "mathml", lambda tex, display=False: drawn.append((tex, mathml(tex, display))) or "")
+    for path in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "figures").glob("*.ipynb")]:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "markdown": report.markdown(cell.source)
+    assert len(drawn) > 100
+    assert [tex for tex, html in drawn if not html.startswith("<math")] == []
+
+
+def test_notebook_pages_keep_results_and_hide_machinery():
+    notebook = next(n for n in HOOKS.notebooks() if n.label == "nets")
+    text = HOOKS.notebook_markdown(notebook)
+    assert "17,115,354" in text.replace("17115354", "17,115,354") and "class ConstNet" in text
+    assert "nbdev_export" not in text and "default_exp" not in text and "#| export" not in text
+
+
+def test_formulas_become_mathml():
+    html = HOOKS.with_mathml('<p><span class="arithmatex">\\(x &lt; y\\)</span></p><div class="arithmatex">\\[\\mu\\]</div>')
+    assert html.count("<math") == 2 and html.count('display="block"') == 1 and "arithmatex" not in html
+
+
+def test_the_slurm_page_trains(tmp_path, monkeypatch):
+    """Its first block as it stands, but for a local executor and one tiny run."""
+    tiny = [("tiny", Config(depth=7, width=1, epochs=1, train_size=200, test_size=100))]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(submitit, "AutoExecutor", partial(submitit.AutoExecutor, cluster="local"))
+    monkeypatch.setattr("symbreak.experiments.plan", lambda *_: tiny)
+    block = re.search(r"```python\n(.*?)```", (DOCS / "howto" / "slurm.md").read_text(), re.DOTALL)[1]
+    found = {}
+    exec(compile(block, "slurm.md", "exec"), found)
+    assert [job.result().record["status"] for job in found["jobs"]] == ["finished"]
+    assert len(list((tmp_path / "runs").glob("*/record.json"))) == 1
