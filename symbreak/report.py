@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'PALETTE_DARK', 'CSS', 'PAGE', 'CODE_CSS', 'NOTEBOOK_CSS', 'BODY', 'mathml', 'Renderer', 'markdown',
-           'headline', 'differences', 'page', 'Exporter', 'notebook_page', 'Picture', 'picture', 'verdicts', 'Section',
-           'report_page', 'find_notebooks', 'write_report']
+           'headline', 'differences', 'page', 'Exporter', 'exporter', 'notebook_page', 'Picture', 'picture', 'verdicts',
+           'Section', 'report_page', 'find_notebooks', 'write_report']
 
 # %% ../nbs/13a_report.ipynb #c8d52452
 import base64
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -164,6 +165,11 @@ class Exporter(HTMLExporter):
         yield from super().default_filters()
         yield ("markdown2html", self.markdown2html)
 
+@cache
+def exporter() -> Exporter:
+    "One exporter for all notebooks, since it compiles its templates anew"
+    return Exporter()
+
 def notebook_page(notebook: NotebookNode, # executed or not
                   back: str = "", # address of the page that leads here; empty: none
 ) -> bytes: # UTF-8
@@ -172,7 +178,7 @@ def notebook_page(notebook: NotebookNode, # executed or not
     shown = nbformat.from_dict(notebook)
     for cell in shown.cells:
         if "injected-parameters" in cell.metadata.get("tags", ()): cell.source = re.sub(r"^out = .*\n?", "", cell.source, flags=re.MULTILINE)
-    body, _ = Exporter().from_notebook_node(shown)
+    body, _ = exporter().from_notebook_node(shown)
     alt = escape(f"{title}: {subtitle}", quote=True)
     body = body.replace('alt="No description has been provided for this image"', f'alt="{alt}"')
     link = f'<p class="small"><a href="{back}">Back to the report</a></p>' if back else ""

@@ -1,0 +1,186 @@
+"""The report in HTML: what it says, that it can be read by anybody, and that it needs nothing from a network."""
+import base64
+import json
+import re
+from html import unescape
+
+import nbformat
+import pandas as pd
+import pytest
+from check_links import Page, flaws
+
+from symbreak import cli, report
+from symbreak.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, check
+from symbreak.experiments import PROFILES, collect
+from symbreak.runs import Store, home
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+
+
+def toy(seeds, repaired=True):
+    """Tidy data of fig01."""
+    rows = [dict(alive=True, seed=s, distinct_at_init=q, noise=n, test_accuracy=0.9 if q == 8 or (n and repaired) else 0.1 * q)
+            for s in range(seeds) for q in (1, 2, 4, 8) for n in (0, 0.01)]
+    table = pd.DataFrame(rows)
+    table.attrs.update(experiment="fig01", missing=0, provenance=provenance(range(seeds)))
+    return table
+
+
+def provenance(seeds=(0, 1, 2)):
+    return dict(profile="quick", data=["digits <8x8>"], device=["some device"], torch=["2"], commit=["c0ffee"], seeds=list(seeds))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A figures folder with one picture and one executed notebook, and an empty store."""
+    folder = tmp_path / "figures" / "quick"
+    folder.mkdir(parents=True)
+    (folder / "fig01.png").write_bytes(PNG)
+    (folder / "fig01.json").write_text(json.dumps(dict(experiment="fig01", provenance=provenance(), missing=0)))
+    output = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(PNG).decode()})
+    table = nbformat.v4.new_output("execute_result", {"text/html": "<table><tr><td>1</td></tr></table>"})
+    cells = [nbformat.v4.new_markdown_cell("# A <claim>\n> fig01: accuracy & noise\n\nWith $x_1$ and\n\n$$\\frac12$$"),
+             nbformat.v4.new_code_cell("out = '/home/somebody'\nprofile = 'quick'", metadata=dict(tags=["injected-parameters"])),
+             nbformat.v4.new_code_cell("plot()", outputs=[output, table])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "fig01.ipynb")
+    store = Store(tmp_path / "runs")
+    tables = {name: collect(name, "quick", "cpu", store=store) for name in ("fig01", "fig03", "fig04")} | {"fig01": toy(3)}
+    return tmp_path, tables
+
+
+def written(results, **tables):
+    tmp_path, quick = results
+    index = report.write_report(tmp_path / "report", {"quick": quick} | tables, tmp_path / "figures")
+    return index, index.read_text(encoding="utf-8")
+
+
+def rows_of(html):
+    """Verdicts as the table shows them."""
+    return re.findall(r'<td data-label="Verdict"><span class="verdict [\w-]+">([\w ]+)</span>', html)
+
+
+def test_pages_stand_alone_and_links_resolve(results):
+    index, html = written(results)
+    assert flaws(index.parent) == []
+    notebooks = {p.stem for p in (index.parent / "notebooks").glob("*.html")}
+    assert notebooks == {"quick-fig01", "quick-fig03", "quick-fig04"}
+    for path in index.parent.rglob("*.html"):
+        text, page = path.read_text(encoding="utf-8"), Page(path.read_text(encoding="utf-8"))
+        assert text.startswith("<!doctype html>") and 'lang="en"' in text and "<script" not in text
+        assert all(source.startswith("data:") for source in page.loads)
+        assert not re.search(r"https?://", re.sub(r'<a [^>]*href="[^"]*"|xmlns="[^"]*"', "", text))
+
+
+def test_every_figure_has_alternative_text_and_provenance(results):
+    _, html = written(results)
+    pictures = re.findall(r"<img [^>]*>", html)
+    assert len(pictures) == 1 and html.count("<figure>") == 1
+    alt = unescape(re.search(r'alt="([^"]*)"', pictures[0])[1])
+    assert len(alt) > 30 and alt.startswith(report.headline(report.find_notebooks()["fig01"])[0])
+    assert "digits &lt;8x8&gt; | some device | torch 2 | seeds 0-2 | commit c0ffee" in html  # escaped
+    assert 'href="notebooks/quick-fig01.html">Notebook with its results' in html
+
+
+def test_verdicts_are_those_of_the_claims(results):
+    _, html = written(results, cifar={"fig01": toy(3, repaired=False)}, paper={"fig01": toy(0)})
+    _, quick = results
+    wanted = [verdict for name, table in quick.items() for verdict in check(name, table, "quick").verdict]
+    wanted += list(check("fig01", toy(3, repaired=False), "cifar").verdict) + list(check("fig01", toy(0), "paper").verdict)
+    assert rows_of(html) == wanted
+    assert {REPRODUCED, NOT_REPRODUCED, NOT_TESTED} == set(wanted)
+    for verdict in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED): assert f">{wanted.count(verdict)} {verdict}</span>" in html
+    failed = html.split('id="not-reproduced"')[1].split("</section>")[0]
+    assert failed.count("<li>") == wanted.count(NOT_REPRODUCED) and "profile cifar" in failed
+
+
+def test_missing_figures_are_named_with_the_command_that_makes_them(results):
+    _, html = written(results)
+    for name in ("fig03", "fig04"):
+        assert f"<code>symbreak reproduce {name} --profile quick</code> makes it" in html
+    for profile in PROFILES.keys() - {"quick"}: assert f"<code>symbreak reproduce --profile {profile}</code> makes it" in html
+
+
+def test_an_old_picture_is_called_old(results):
+    tmp_path, quick = results
+    assert "Drawn from other results" not in written(results)[1]
+    quick["fig01"] = toy(4)
+    assert "Drawn from other results" in written(results)[1]
+
+
+def test_where_we_differ_is_copied_from_the_notebooks(results):
+    _, html = written(results)
+    for name in ("fig01", "fig03", "fig04"):
+        listed = re.findall(r"^\d+\. ", report.differences(report.find_notebooks()[name]), re.MULTILINE)
+        assert listed and html.split(f'<h3 id="{name}">')[1].split("</section>")[0].count("<li>") == len(listed)
+
+
+def test_notebook_pages_show_formulas_and_no_paths(results):
+    index, _ = written(results)
+    html = (index.parent / "notebooks" / "quick-fig01.html").read_text(encoding="utf-8")
+    assert html.count("<math") == 2 and "<msub>" in html and 'display="block"' in html
+    assert "/home/somebody" not in html and "<title>A &lt;claim&gt;</title>" in html
+    assert 'alt="A &lt;claim&gt;: accuracy &amp; noise"' in html
+
+
+def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(results):
+    index, _ = written(results)
+    before = {p: p.read_bytes() for p in index.parent.rglob("*") if p.is_file()}
+    written(results)
+    assert {p: p.read_bytes() for p in index.parent.rglob("*") if p.is_file()} == before
+    assert {p.suffix for p in before} == {".html"}
+
+
+def test_a_failure_leaves_the_old_report(results, monkeypatch):
+    index, html = written(results)
+    monkeypatch.setattr(report, "report_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError): written(results)
+    assert index.read_text(encoding="utf-8") == html
+
+
+def test_the_command(results, capsys, monkeypatch):
+    tmp_path, _ = results
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
+    arguments = ["--profile", "quick", "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures")]
+    assert cli.main(["report", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "not tested" in printed and f"Report: {tmp_path / 'out' / 'index.html'}" in printed
+    assert flaws(tmp_path / "out") == []
+    assert not list((tmp_path / "runs").glob("*/record.json"))  # nothing was trained
+
+
+def test_bad_profile_and_folder(capsys, tmp_path):
+    assert cli.main(["report", "--profile", "huge"]) == 2
+    assert "profile: 'huge'; allowed: quick, cifar, paper, all" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert cli.main(["report", "--profile", "quick", "--out", str(tmp_path / "file" / "report")]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_without_a_clone_the_table_is_printed_and_the_error_says_what_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SYMBREAK_RUNS", raising=False)
+    assert home() == tmp_path
+    assert cli.main(["report", "--profile", "quick"]) == 2
+    printed = capsys.readouterr()
+    assert "not tested" in printed.out
+    assert "no figure notebooks in" in printed.err and "clone of the repository" in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page, flaw", [
+    ("<img src='data:,'>", "no <html lang"),
+    ("<html lang='en'><img src='data:,'>", "without alternative text"),
+    ("<html lang='en'><a href='nowhere.html'>x</a>", "no such file"),
+    ("<html lang='en'><a href='#nowhere'>x</a>", "no such place"),
+    ("<html lang='en'><script src='https://a.example/b.js'></script>", "loaded from a network"),
+    ("<html lang='en'><link rel='stylesheet' href='//a.example/b.css'>", "loaded from a network"),
+    ("<html lang='en'><style>p {background: url(https://a.example/b.png)}</style>", "loaded from a network"),
+])
+def test_the_checker_finds_flaws(tmp_path, page, flaw):
+    (tmp_path / "page.html").write_text(page)
+    assert any(flaw in found for found in flaws(tmp_path))
+
+
+def test_the_checker_accepts_links_out_and_within(tmp_path):
+    (tmp_path / "page.html").write_text("<html lang='en'><p id='a'><a href='https://a.example'>x</a><a href='#a'>y</a><a href='page.html#a'>z</a>")
+    assert flaws(tmp_path) == []
