@@ -104,7 +104,7 @@ figure {margin: 1rem 0; padding: .8rem; border: 1px solid var(--line); border-ra
 img {max-width: 100%; height: auto; background: #fff} figure img {display: block; margin: 0 auto .6rem; padding: .4rem; border-radius: .3rem}
 pre {overflow-x: auto; padding: .6rem .8rem; border-radius: .4rem; background: var(--card); font-size: .85rem; line-height: 1.45; margin: .5rem 0}
 code {font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .92em} pre code {font-size: 1em}
-math {font-size: 1.08em} math[display=block] {overflow-x: auto; overflow-y: hidden; padding: .4rem 0}
+math {font: 1.1em "STIX Two Math", "Latin Modern Math", "Cambria Math", "DejaVu Math TeX Gyre", math} math[display=block] {overflow-x: auto; overflow-y: hidden; padding: .4rem 0}
 @media screen and (max-width: 48rem) {
  table.claims, table.claims tbody, table.claims tr, table.claims td, table.claims caption {display: block; width: 100%}
  table.claims thead {position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden}
@@ -118,7 +118,8 @@ math {font-size: 1.08em} math[display=block] {overflow-x: auto; overflow-y: hidd
 @media print {
  body {font-size: 10pt} main {max-width: none; padding: 0} nav {display: none} a {color: inherit}
  figure, tr, pre {break-inside: avoid} h2, h3 {break-after: avoid} pre {white-space: pre-wrap; border: 1px solid var(--line)}
- table.claims {font-size: 8pt} .verdict {border: 1px solid var(--line)}
+ .scroll {overflow: visible} table.claims {font-size: 8pt} table.claims td, table.claims td.statement {min-width: 0; padding: .2rem .35rem; white-space: normal}
+ .verdict {border: 1px solid var(--line)} table.claims .verdict {white-space: normal; padding: 0 .25rem; border-radius: .3rem}
 }
 """
 
