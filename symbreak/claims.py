@@ -79,6 +79,22 @@ def _layer_mean(table: pd.DataFrame, curve: str, measure: str, first: bool = Fal
     rows = table[(table.curve == curve) & (table.measure == measure) & table.layer.str.endswith("conv")]
     return rows[rows.epoch == (rows.epoch.min() if first else rows.epoch.max())].groupby("seed").value.mean()
 
+def _string_trend(table: pd.DataFrame) -> pd.Series:
+    "Rank correlation of last-epoch accuracy with the number of averaging blocks over strings that start with 1, by seed"
+    last = table[(table.epoch == table.groupby("curve").epoch.transform("max")) & table.curve.str.startswith("1")]
+    return pd.Series({seed: rows.averaging.corr(rows.test_accuracy, method="spearman") for seed, rows in last.groupby("seed")})
+
+def _reach(table: pd.DataFrame, network: str, step: int | None = None) -> pd.Series:
+    "Share of layers that one ulp in the stem has made asymmetric at a step (None: the last), beyond those of the untouched network, by seed"
+    rows = table[(table.step == (step or table.step.max())) & table.curve.str.startswith(network)]
+    ours, untouched = (rows[rows.curve.str.endswith(f": {source}")].set_index(["seed", "layer"]).asymmetry > 0 for source in ("one ulp in the stem", "untouched"))
+    return (ours & ~untouched).groupby("seed").mean()
+
+def _break_epoch(table: pd.DataFrame, curve: str, threshold: float = 0.1) -> pd.Series:
+    "First measured epoch with asymmetry above the threshold, by seed; NaN if there is none"
+    rows = table[table.curve == curve]
+    return rows.epoch.where(rows.asymmetry > threshold).groupby(rows.seed).min()
+
 def _width_gap(table: pd.DataFrame, curve: str, last_layer: bool = False) -> pd.Series:
     "Typical factor (geometric mean over layers) between effective widths of a curve and of its He twin in the last epoch, by seed"
     last = table[table.epoch == table.groupby("curve").epoch.transform("max")]
@@ -112,6 +128,16 @@ def _table_claims() -> list[Claim]:
     return [Claim("tab01", f"identical with 1 % dropout, profile {profile}: last-epoch accuracy of the He twin minus its own", lambda t: _gap(t, "dropout 1 %"),
                   low=-band, high=band, unit="%", profiles=(profile,)) for profile, band in points.items()]
 
+def _skip_claims() -> list[Claim]:
+    "abl01: same band as tab01, and for the same reason"
+    sources = {"He init": ("quick", "cifar", "paper"), "dropout 1 %": ("quick", "cifar", "paper"), "one-ulp gradient noise": ("quick", "cifar"),
+               "hardware noise": ("paper",)}
+    return [*(Claim("abl01", f"rectified minus linear skips, last-epoch accuracy: {source}", lambda t, s=source: _last(t, f"{s}, rectified") - _last(t, f"{s}, linear"),
+                    low=-0.02, high=0.02, unit="%", profiles=profiles) for source, profiles in sources.items()),
+            Claim("abl01", "epoch at which one-ulp noise has broken the symmetry: rectified over linear skips",
+                  lambda t: _break_epoch(t, "one-ulp gradient noise, rectified") / _break_epoch(t, "one-ulp gradient noise, linear"),
+                  low=2 / 3, high=1.5, profiles=("quick", "cifar"))]
+
 def _width_claims() -> list[Claim]:
     "fig08: within a factor of 1.25, that is a quarter, is called similar"
     where = {"dropout 1 %": ("quick", "cifar", "paper"), "one-ulp gradient noise": ("quick", "cifar"), "hardware noise": ("paper",)}
@@ -138,12 +164,21 @@ CLAIMS: list[Claim] = [
     Claim("fig05", "forward correlation of block convolutions decays from 1 (end, dropout 1 %)", lambda t: _layer_mean(t, "dropout 1 %", "forward"), high=0.5),
     Claim("fig05", "forward correlation of block convolutions ends at the He run's level (dropout minus He)",
           lambda t: _layer_mean(t, "dropout 1 %", "forward") - _layer_mean(t, "He init", "forward"), low=-0.1, high=0.1),
+    Claim("fig06", "LeakyNet 1_iiii_iiii_iiii (one feature, no averaging block) trains", lambda t: _last(t, "1_iiii_iiii_iiii"), low=0.93, unit="%", profiles=("quick",)),
+    Claim("fig06", "LeakyNet: accuracy falls with averaging blocks (rank correlation over the strings that start with 1)", _string_trend, high=-0.8),
+    Claim("fig06", "LeakyNet: hindering hurts (1_iiii_iiii_iiii minus 1_1111_1111_1111)",
+          lambda t: _last(t, "1_iiii_iiii_iiii") - _last(t, "1_1111_1111_1111"), low=0.01, unit="%"),
+    Claim("fig07", "identity carries: layers that one ulp in the stem reaches in two steps, LeakyNet 1_iiii_iiii_iiii", lambda t: _reach(t, "LeakyNet 1_iiii", 2),
+          low=0.9, unit="%"),
+    Claim("fig07", "averaging wipes: layers that one ulp in the stem has reached in the end, LeakyNet 1_1111_1111_1111", lambda t: _reach(t, "LeakyNet 1_1111"),
+          high=0.25, unit="%"),
     Claim("fig08", "effective width before training, identical features (largest over layers, minus 1)",
           lambda t: t[(t.curve == "dropout 1 %") & (t.epoch == 0)].groupby("seed").value.max() - 1, low=-1e-6, high=1e-6),
     *_width_claims(),
     Claim("fig11", "wide network and quotient: largest relative difference of the loss (float64)",
           lambda t: t[t.part == "equality"].groupby("seed").relative_difference.max(), high=1e-10),
     *_table_claims(),
+    *_skip_claims(),
     Claim("tab01", "what identical features come to unbroken: accuracy of the He twin minus that of the exact control", lambda t: _gap(t, "exact control"),
           low=0.2, unit="%"),
     Claim("fig11", "quotient: a step at width 10 costs as much as at width 1 (ratio)", lambda t: _cost_ratio(t, "quotient"), high=1.5),

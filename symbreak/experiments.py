@@ -192,9 +192,12 @@ EXPERIMENTS = {
     "fig03": Experiment("Signals at initialisation do not depend on depth", measure=_propagation),
     "fig04": Experiment("Identical features train once something breaks the symmetry", _breakers),
     "fig05": Experiment("Weight correlation decays once symmetry is broken", _breakers, _layers),
+    "fig06": Experiment("LeakyNet: the more averaging blocks, the harder symmetry is to break", _strings, _string_rows),
+    "fig07": Experiment("Identity carries a one-ulp perturbation to all layers, averaging wipes it out", _travel, _steps),
     "fig08": Experiment("Effective width: do layers that start identical come to use as many directions as their diverse twins?", _breakers, _widths),
     "fig11": Experiment("An unbroken network is a one-channel network", measure=_quotient),
     "tab01": Experiment("Last-epoch accuracy of identical features and their diverse twin", _breakers, _table_row),
+    "abl01": Experiment("Whether 1x1 skips are linear or rectified does not matter", _skips),
 }
 
 def _choose(kind: str, name: str, allowed) -> str:

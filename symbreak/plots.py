@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'RC', 'LABELS', 'style', 'figure', 'spread', 'lines', 'legend_right', 'log_ticks', 'toy',
            'propagation', 'accuracy', 'asymmetry', 'by_layer', 'correlation', 'effective_width', 'width_ratio',
-           'accuracy_table', 'markdown', 'error_dots', 'quotient_equality', 'quotient_cost', 'small_print', 'save',
-           'save_text']
+           'strings', 'travel', 'skips', 'accuracy_table', 'markdown', 'error_dots', 'quotient_equality',
+           'quotient_cost', 'small_print', 'save', 'save_text']
 
 # %% ../nbs/12_plots.ipynb #e1e5b34c
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .train import write_atomic
@@ -162,6 +163,65 @@ def width_ratio(table: pd.DataFrame, ax: Axes, order: list[str], twin: str = "He
     log_ticks(ax, 2)
     ax.set(xlabel="features after", ylabel=f"effective width, last epoch\n(in units of {twin})")
     return ax
+
+# %% ../nbs/12_plots.ipynb #2ca173f5
+def strings(table: pd.DataFrame, # LeakyNet's histories: columns curve (init string), averaging, seed, epoch, test_accuracy
+            axes, # two axes
+) -> list[Axes]: # the same axes
+    "fig06: accuracy against epoch by init string, and in the last epoch against the number of averaging blocks"
+    order = list(dict.fromkeys(table.curve))
+    lines(table, axes[0], "epoch", "test_accuracy", order=order, percent=True)
+    axes[0].set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 101))
+    last = table[table.epoch == table.groupby("curve").epoch.transform("max")]
+    beside = last.groupby("averaging").curve.unique()  # strings with as many averaging blocks stand side by side
+    for curve, colour, marker in zip(order, COLOURS, "ovsD^Pp"):
+        rows = last[last.curve == curve]
+        same = list(beside[rows.averaging.iloc[0]])
+        axes[1].errorbar(rows.averaging.mean() + 0.35 * (same.index(curve) - (len(same) - 1) / 2), 100 * rows.test_accuracy.mean(), 100 * (rows.test_accuracy.std() if len(rows) > 1 else 0), color=colour,
+                         marker=marker, capsize=4, markersize=7)
+    axes[1].set(xlabel="averaging blocks (of 12)", ylabel="test accuracy, last epoch (%)", ylim=(0, 101), xticks=sorted(last.averaging.unique()))
+    handles = [plt.Line2D([], [], color=c, linestyle=d, marker=m) for c, d, m in zip(COLOURS, DASHES, "ovsD^Pp")]
+    axes[1].legend(handles, order, loc="center left", bbox_to_anchor=(1.01, 0.5), title="init string", alignment="left", handlelength=3)
+    return axes
+
+# %% ../nbs/12_plots.ipynb #90f5a634
+def travel(table: pd.DataFrame, # columns curve ("network: source"), layer, step, seed, asymmetry
+           axes, # networks x sources
+) -> Figure: # with a colour bar
+    "fig07: asymmetry of each layer after each step (mean over seeds); a cell that is exactly symmetric in all seeds is blank"
+    networks, sources = ([list(dict.fromkeys(part)) for part in zip(*(curve.split(": ") for curve in table.curve.unique()))])
+    for row, network in zip(axes, networks):
+        row[0].set_ylabel(network)
+        for ax, source in zip(row, sources):
+            rows = table[table.curve == f"{network}: {source}"]
+            cells = rows.pivot_table(index="layer", columns="step", values="asymmetry", sort=False)
+            image = ax.pcolormesh(cells.columns, range(len(cells)), cells.where(cells > 0), norm=LogNorm(1e-14, 1e-5), cmap="viridis")
+            ax.set_facecolor("#eeeeee")
+            ax.grid(False)
+            if ax is row[0]: ax.set_yticks(range(len(cells)), cells.index, fontsize=7)
+            else: ax.set_yticks([])
+            ax.invert_yaxis()
+    for ax, source in zip(axes[0], sources): ax.set_title(source)
+    for ax in axes[-1]: ax.set_xlabel("SGD step")
+    figure = axes[0][0].figure
+    figure.colorbar(image, ax=axes, label="asymmetry of the layer's weights (grey: exactly 0)", extend="both", shrink=0.8)
+    return figure
+
+# %% ../nbs/12_plots.ipynb #48f8d2f0
+def skips(table: pd.DataFrame, # histories with curve "source, skip"
+          axes, # two rows; a column for each source
+) -> list: # the same axes
+    "abl01: accuracy (above) and asymmetry (below) against epoch with linear and rectified skips, a column for each source"
+    for (above, below), source in zip(zip(*axes), dict.fromkeys(c.rpartition(", ")[0] for c in table.curve)):
+        rows = table[table.curve.str.startswith(source)].assign(curve=lambda t: t.curve.str.rpartition(", ")[2] + " skip")
+        lines(rows, above, "epoch", "test_accuracy", percent=True)
+        lines(rows.assign(asymmetry=rows.asymmetry.clip(lower=1e-9)), below, "epoch", "asymmetry")
+        above.set(title=source, ylim=(0, 101))
+        below.set(xlabel="epoch", yscale="log", ylim=(5e-10, 2))
+    axes[0][0].set_ylabel("test accuracy (%)")
+    axes[1][0].set_ylabel("asymmetry of the weights\n(0 is drawn at 1e-09)")
+    legend_right(above)
+    return axes
 
 # %% ../nbs/12_plots.ipynb #38a7ac12
 def accuracy_table(table: pd.DataFrame, # last epochs: columns data, curve, seed, epoch, test_accuracy, best_test_accuracy
