@@ -27,7 +27,7 @@ from .train import write_atomic
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")  # Okabe & Ito, yellow darkened
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (7, 2)))
 RC = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-      "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "axes.titlesize": 11, "figure.constrained_layout.use": True}
+      "legend.frameon": False, "svg.hashsalt": "symbreak", "figure.dpi": 110, "savefig.dpi": 160, "axes.titlesize": 11, "figure.constrained_layout.use": True}
 
 @contextmanager
 def style():
@@ -287,14 +287,15 @@ def small_print(table: pd.DataFrame) -> str:
              f"commit {', '.join(p['commit'])}"]
     return " | ".join(part for part in parts if part)
 
-def save(fig: Figure, table: pd.DataFrame, name: str, folder: Path | str) -> Path: # the picture
-    "Write `name`.png, .csv (tidy data) and .json (provenance) into `folder`, with the small print under the figure"
+def save(fig: Figure, table: pd.DataFrame, name: str, folder: Path | str, svg: bool = False) -> Path: # the picture
+    "Write `name`.png (and .svg), .csv (tidy data) and .json (provenance) into `folder`, with the small print under the figure"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fig.supxlabel(small_print(table), fontsize=6, color="#555555", x=0.01, ha="left")
     write_atomic(folder/f"{name}.csv", lambda f: table.to_csv(f, index=False, float_format="%.10g"))
     write_atomic(folder/f"{name}.json", lambda f: f.write((json.dumps(table.attrs, indent=1) + "\n").encode()))
     write_atomic(folder/f"{name}.png", lambda f: fig.savefig(f, format="png", metadata={"Software": None}))
+    if svg: write_atomic(folder/f"{name}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))
     return folder/f"{name}.png"
 
 def save_text(text: str, name: str, folder: Path | str) -> None:
