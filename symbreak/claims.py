@@ -49,7 +49,7 @@ def judge(claim: Claim, table: pd.DataFrame) -> dict: # a row of the claims tabl
     inside = claim.low <= mean <= claim.high
     return row | dict(measured=_number(mean, claim.unit) + sd_text, verdict=REPRODUCED if inside else NOT_REPRODUCED)
 
-# %% ../nbs/13_claims.ipynb #02827ca7
+# %% ../nbs/13_claims.ipynb #82358ee5
 def _last(table: pd.DataFrame, curve: str, column: str = "test_accuracy") -> pd.Series:
     "Value in the last epoch, by seed"
     rows = table[table.curve == curve]
@@ -80,9 +80,10 @@ def _layer_mean(table: pd.DataFrame, curve: str, measure: str, first: bool = Fal
     return rows[rows.epoch == (rows.epoch.min() if first else rows.epoch.max())].groupby("seed").value.mean()
 
 def _string_trend(table: pd.DataFrame) -> pd.Series:
-    "Rank correlation of last-epoch accuracy with the number of averaging blocks over strings that start with 1, by seed"
+    "Rank correlation of last-epoch accuracy with the number of averaging blocks over strings that start with 1, by seed; 0 if all are as good"
     last = table[(table.epoch == table.groupby("curve").epoch.transform("max")) & table.curve.str.startswith("1")]
-    return pd.Series({seed: rows.averaging.corr(rows.test_accuracy, method="spearman") for seed, rows in last.groupby("seed")})
+    return pd.Series({seed: rows.averaging.corr(rows.test_accuracy, method="spearman") if rows.test_accuracy.nunique() > 1 else 0.
+                      for seed, rows in last.groupby("seed")})
 
 def _reach(table: pd.DataFrame, network: str, step: int | None = None) -> pd.Series:
     "Share of layers that one ulp in the stem has made asymmetric at a step (None: the last), beyond those of the untouched network, by seed"
