@@ -133,7 +133,7 @@ def find_notebook(name: str) -> Path:
 def figure_key(notebook: Path, table, options: Reproduce) -> str:
     "Changes when anything that a figure is made of changes: the notebook, the library, the options, the data"
     from symbreak.experiments import source_digest
-    parts = (source_digest(), options.profile, options.device, str(options.data), table.to_csv(index=False))
+    parts = (source_digest(), options.profile, options.device, str(options.data), json.dumps(table.attrs), table.to_csv(index=False))
     return hashlib.sha256(notebook.read_bytes() + "\n".join(parts).encode()).hexdigest()
 
 def make_figure(name: str, notebook: Path, table, options: Reproduce, store, out: Path, say) -> None:
@@ -257,7 +257,7 @@ def train_one(config, folder: Path | None) -> int:
     from symbreak.train import train
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
     folder = folder or default_store().folder(config)
-    check_writable(folder)
+    check_writable(folder.parent)  # not the folder itself: wrong options leave nothing behind
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, printed = Console(stderr=True), time.monotonic()
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STRINGS', 'TOY_WIDTH', 'DRAWN', 'DEPTHS', 'WIDTHS', 'EXPERIMENTS', 'SHOWING', 'DATA_SETS', 'Profile',
-           'Experiment', 'plan', 'source_digest', 'collect', 'join', 'every_data_set', 'reproduce']
+           'active_share', 'Experiment', 'plan', 'source_digest', 'collect', 'join', 'every_data_set', 'reproduce']
 
 # %% ../nbs/11_experiments.ipynb #1b6efb04
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from torch.nn import functional as F
 
 import symbreak
 from .architecture import describe
-from .data import load
+from .breaking import numerics
+from .data import Dataset, load
 from .nets import ConstNet, LeakyNet
 from .propagation import NETWORKS, propagate
 from .quotient import quotient
 from .runs import Store, default_store, execute
-from .train import Config, Run, provenance, resolve_device, write_atomic
+from .train import Config, Run, build, provenance, resolve_device, write_atomic
 
 # %% ../nbs/11_experiments.ipynb #9499389f
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def _breakers(profile: Profile) -> dict[str, Config]:
         curves |= {"one-ulp gradient noise": replace(base, gradient_ulps=1),
                    "random reduction order": replace(base, reduction="element"), "plain arithmetic": base}
     if profile.name == "quick":  # depth 10 has 3x3 convolutions on 2x2 maps, where oneDNN's AVX2 kernels are not equivariant
-        curves["plain arithmetic, AVX2, depth 10"] = replace(base, onednn_isa="AVX2", depth=10)
+        if platform.machine() in ("x86_64", "AMD64"):
+            curves["plain arithmetic, AVX2, depth 10"] = replace(base, onednn_isa="AVX2", depth=10, device="cpu")
         curves["one-ulp noise, 3x as long"] = replace(base, gradient_ulps=1, epochs=3 * base.epochs)
     return curves | {"exact control": replace(base, quotient=True)}
 
@@ -99,7 +103,7 @@ TOY_WIDTH = 128
 
 def _toy(profile: Profile) -> dict[str, Config]:
     "fig01: accuracy against distinct features, without noise (exactly: as a quotient) and with"
-    base = replace(profile.base, net="UniqueFeatureMLP", depth=Config.depth, width=TOY_WIDTH, lr=0.05, epochs=40, measure_every=40, train_size=None,
+    base = replace(profile.base, net="UniqueFeatureMLP", depth=Config.depth, width=TOY_WIDTH, lr=0.02, epochs=40, measure_every=40, train_size=None,
                    augment="none", channels_last=False)
     powers = [2 ** k for k in range(TOY_WIDTH.bit_length())]
     return ({f"q={q}, no noise": replace(base, distinct=q, quotient=True) for q in powers}
@@ -120,10 +124,22 @@ def _string_rows(run: Run) -> pd.DataFrame: return run.history.assign(averaging=
 
 def _steps(run: Run) -> pd.DataFrame: return run.step_layers
 
+@lru_cache
+def _images(source: str, train_size: int | None) -> Dataset: return load(source, train_size=train_size)
+
+def active_share(config: Config) -> float:
+    "Share of the training images to which some hidden unit of the toy net answers at initialisation"
+    data = _images(config.data, config.train_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        hidden = build(config, data).hidden
+    x = (data.train_images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
+    return (hidden(x.flatten(1)) > 0).any(1).float().mean().item()
+
 def _toy_rows(run: Run) -> pd.DataFrame:
-    "A net is alive if some hidden unit responds to some test image at initialisation; a dead unit's copies are dead too"
-    start = run.layers[lambda t: (t.epoch == 0) & (t.measure == "effective_width")]
-    return _last(run).assign(distinct_at_init=run.config.distinct, noise=run.config.weight_noise, alive=(start.value > 0).all())
+    "A net is alive if it answers to at least a tenth of the training images; otherwise it is blind, and so are all copies of its units"
+    share = active_share(run.config)
+    return _last(run).assign(distinct_at_init=run.config.distinct, noise=run.config.weight_noise, active_share=share, alive=share >= 0.1)
 
 @dataclass(frozen=True)
 class Experiment:
@@ -145,10 +161,12 @@ def _architecture(profile: Profile, device: torch.device) -> tuple[pd.DataFrame,
 DEPTHS = (10, 16, 22, 40, 70, 100)
 
 def _propagation(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str]:
-    "fig03: signals at initialisation against depth"
+    "fig03: signals at initialisation against depth; every seed has its own images"
     data = load(profile.base.data).to(device)
-    images, _ = next(iter(data.loader("test", 32)))
-    return propagate(NETWORKS, DEPTHS, images, range(profile.seeds)), data.label
+    batches = iter(data.loader("test", 32))
+    with numerics(tf32=False):
+        tables = [propagate(NETWORKS, DEPTHS, next(batches)[0], (seed,)) for seed in range(profile.seeds)]
+    return pd.concat(tables, ignore_index=True), data.label
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 10)
 
@@ -171,23 +189,26 @@ def _quotient_equality(images, labels, seed: int, steps: int = 60) -> pd.DataFra
                          relative_difference=abs(losses["wide"] / losses["quotient"] - 1)))
     return pd.DataFrame(rows)
 
-def _step_s(net, images, labels) -> float:
-    "Seconds of one forward and backward pass"
+def _step_s(net, optimizer, images, labels) -> float:
+    "Seconds of one training step: forward, backward, SGD"
     if images.is_cuda: torch.cuda.synchronize()
     start = time.perf_counter()
+    optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()
+    optimizer.step()
     if images.is_cuda: torch.cuda.synchronize()
     return time.perf_counter() - start
 
-def _quotient_cost(images, labels, repeats: int = 7) -> pd.DataFrame:
+def _quotient_cost(images, labels, repeats: int = 9) -> pd.DataFrame:
     "Seconds per step against width, wide and quotient in turns; the first repeat warms up"
     rows = []
     for width in WIDTHS:
         wide = ConstNet(7, width, in_channels=images.shape[1]).to(images.device)
         nets = {"wide": wide, "quotient": quotient(wide)}
+        optimizers = {name: torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4) for name, net in nets.items()}
         for repeat in range(repeats + 1):
             for name, net in nets.items():
-                seconds = _step_s(net, images[:64], labels[:64])
+                seconds = _step_s(net, optimizers[name], images[:64], labels[:64])
                 if repeat: rows.append(dict(part="cost", network=name, width=width, repeat=repeat, step_s=seconds))
     return pd.DataFrame(rows)
 
@@ -200,7 +221,7 @@ def _quotient(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str
 
 # %% ../nbs/11_experiments.ipynb #24224290
 EXPERIMENTS = {
-    "fig01": Experiment("Fewer distinct features, lower accuracy; a little noise repairs it", _toy, _toy_rows, seeds=5),
+    "fig01": Experiment("Fewer distinct features, lower accuracy; a little noise repairs it", _toy, _toy_rows, seeds=6),
     "fig02": Experiment("ConstNet and LeakyNet are almost all zeros and constants, and hand one feature through", measure=_architecture),
     "fig03": Experiment("Signals at initialisation do not depend on depth", measure=_propagation),
     "fig04": Experiment("Identical features train once something breaks the symmetry", _breakers),
@@ -226,7 +247,8 @@ def plan(name: str, # experiment
     experiment, scale = EXPERIMENTS[_choose("experiment", name, EXPERIMENTS)], PROFILES[_choose("profile", profile, PROFILES)]
     resolve_device(device)
     if experiment.curves is None: return []
-    return [(curve, replace(config, seed=seed, device=device, **({} if data is None else {"data": data})))
+    return [(curve, replace(config, seed=seed, device=device if config.device == "auto" else config.device,
+                        **({} if data is None else {"data": data})))
             for seed in range(experiment.seeds or scale.seeds) for curve, config in experiment.curves(scale).items()]
 
 # %% ../nbs/11_experiments.ipynb #feda1da8
@@ -254,30 +276,32 @@ def _run_table(name: str, profile: str, planned: list, runs: dict[Config, Run]) 
                        missing=sum(config not in runs for _, config in planned))
     return table
 
-def _measured_path(name: str, profile: str, device: str, store: Store) -> Path:
-    return Path(store.root)/"measured"/f"{name}-{profile}-{resolve_device(device).type}.json"
+def _measured_path(name: str, profile: str, device: str, data: str | None, store: Store) -> Path:
+    tag = "" if data is None else "-" + hashlib.sha256(data.encode()).hexdigest()[:8]
+    return Path(store.root)/"measured"/f"{name}-{profile}-{resolve_device(device).type}{tag}.json"
 
-def _kept_measurement(name: str, profile: str, device: str, store: Store) -> pd.DataFrame | None:
+def _kept_measurement(name: str, profile: str, device: str, data: str | None, store: Store) -> pd.DataFrame | None:
     "A measurement of this very library, if there is one"
-    path = _measured_path(name, profile, device, store)
+    path = _measured_path(name, profile, device, data, store)
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("source") != source_digest(SHOWING): return None
     table = pd.DataFrame(kept["rows"])
     table.attrs.update(experiment=name, provenance=kept["provenance"], missing=0)
     return table
 
-def _take_measurement(name: str, profile: str, device: str, store: Store) -> pd.DataFrame:
+def _take_measurement(name: str, profile: str, device: str, data: str | None, store: Store) -> pd.DataFrame:
     "Measure, and keep it in the store"
     torch.manual_seed(0)
-    found = resolve_device(device)
-    (table, label), where = EXPERIMENTS[name].measure(PROFILES[profile], found), provenance(found)
+    found, scale = resolve_device(device), PROFILES[profile]
+    if data is not None: scale = replace(scale, base=replace(scale.base, data=data))
+    (table, label), where = EXPERIMENTS[name].measure(scale, found), provenance(found)
     seeds = sorted(int(s) for s in table.seed.dropna().unique()) if "seed" in table else []
     came_from = dict(profile=profile, data=[label], device=[where["device_name"]], torch=[where["torch"]], commit=[where["commit"]], seeds=seeds)
     kept = dict(source=source_digest(SHOWING), provenance=came_from, rows=json.loads(table.to_json(orient="records", double_precision=15)))
-    path = _measured_path(name, profile, device, store)
+    path = _measured_path(name, profile, device, data, store)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda f: f.write(json.dumps(kept).encode()))
-    return _kept_measurement(name, profile, device, store)
+    return _kept_measurement(name, profile, device, data, store)
 
 def collect(name: str, # experiment, such as "fig04"
             profile: str = "quick", # quick, cifar or paper
@@ -291,7 +315,7 @@ def collect(name: str, # experiment, such as "fig04"
     if planned:
         runs = {config: run for _, config in planned if (run := store.load(config)) is not None}
         return _run_table(name, profile, planned, runs)
-    table = _kept_measurement(name, profile, device, store)
+    table = _kept_measurement(name, profile, device, data, store)
     if table is None:
         table = pd.DataFrame()
         table.attrs.update(experiment=name, missing=1)
@@ -325,5 +349,5 @@ def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
     store = store or default_store()
     planned = plan(name, profile, device, data)
     if planned: execute([config for _, config in planned], store, workers, budget_s, tick)
-    elif _kept_measurement(name, profile, device, store) is None: _take_measurement(name, profile, device, store)
+    elif _kept_measurement(name, profile, device, data, store) is None: _take_measurement(name, profile, device, data, store)
     return collect(name, profile, device, data, store)

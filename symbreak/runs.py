@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from .train import Config, Run, claim_folder, is_finished, read_lines, resolve_device, train
+from .train import Config, Run, is_finished, read_lines, resolve_device, train
 
 # %% ../nbs/08_runs.ipynb #db5301d9
 def home() -> Path:
@@ -55,10 +54,7 @@ class Store:
 
     def train(self, config: Config, **kwargs) -> Run:
         "Train unless the run is finished; while another process has the run, wait for it"
-        if run := self.load(config): return run
-        folder = self.folder(config)
-        claim_folder(folder, config)
-        with FileLock(folder/".lock"): return train(config, folder, **kwargs)
+        return self.load(config) or train(config, self.folder(config), **kwargs)
 
     def archive(self, config: Config, archive: Path) -> Path:
         "Copy the small files of a finished run into an archive"
@@ -87,9 +83,8 @@ def _train_in_process(store: Store, config: Config, deadline: float | None) -> s
     if deadline is not None and time.time() >= deadline: return "paused"
     return store.train(config, stop=None if deadline is None else lambda: time.time() >= deadline).record["status"]
 
-def default_workers(device: str = "auto") -> int:
-    "Processes that train at once: one on a GPU, otherwise one per core that this process may use"
-    if resolve_device(device).type == "cuda": return 1
+def default_workers() -> int:
+    "Processes that train at once on the CPU: one per core that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def execute(configs: list[Config], # runs that are wanted
@@ -102,9 +97,10 @@ def execute(configs: list[Config], # runs that are wanted
     missing = [c for c in dict.fromkeys(configs) if store.find(c) is None]
     deadline = None if budget_s is None else time.time() + budget_s
     if missing:
-        workers = min(len(missing), workers or default_workers(missing[0].device))
-        if resolve_device(missing[0].device).type == "cuda": _train_here(missing, store, deadline, tick)
-        else: _train_in_parallel(missing, store, workers, deadline, tick)
+        workers = min(len(missing), workers or default_workers())
+        on_cpu = [c for c in missing if resolve_device(c.device).type == "cpu"]
+        if on_cpu: _train_in_parallel(on_cpu, store, workers, deadline, tick)
+        _train_here([c for c in missing if c not in on_cpu], store, deadline, tick)
     if tick: tick()
     return [run for run in map(store.load, configs) if run is not None]
 
@@ -116,17 +112,18 @@ def _train_here(configs: list[Config], store: Store, deadline: float | None, tic
                     stop=None if deadline is None else lambda: time.time() >= deadline)
 
 def _train_in_parallel(configs: list[Config], store: Store, workers: int, deadline: float | None, tick) -> None:
-    "Fresh processes, a pool for each instruction set; the first error stops the rest"
+    "Fresh processes, a pool for each instruction set, the longest runs first; the first error stops the rest"
     pools = {isa: ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(isa,))
              for isa in dict.fromkeys(c.onednn_isa for c in configs)}
+    queue, pending = sorted(configs, key=lambda c: c.epochs * c.depth), set()
     try:
-        for isa, pool in pools.items():
-            pending = {pool.submit(_train_in_process, store, config, deadline) for config in configs if config.onednn_isa == isa}
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done: future.result()
-                if tick: tick()
-            pool.shutdown()
+        while queue or pending:
+            while queue and len(pending) < workers:
+                config = queue.pop()
+                pending.add(pools[config.onednn_isa].submit(_train_in_process, store, config, deadline))
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done: future.result()
+            if tick: tick()
     except BaseException:
         for pool in pools.values():  # checkpoints are whole, so this loses seconds
             for process in list((pool._processes or {}).values()): process.terminate()

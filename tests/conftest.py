@@ -1,4 +1,8 @@
-"""One thread everywhere: the number of threads is part of the arithmetic, and worker processes have one."""
-import torch
+"""One thread and oneDNN's default kernels everywhere: both are part of the arithmetic, and worker processes choose for themselves."""
+import os
+
+os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # before torch computes anything
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)

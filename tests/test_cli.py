@@ -75,7 +75,7 @@ def test_disk_that_fills_up_while_training(tmp_path, monkeypatch):
     def full(state, f): f.write(b"half"); raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"): train(CONFIG, tmp_path / "run", checkpoint_every_s=0)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock") == ["config.json", "metrics.jsonl"]
 
 
 def test_folder_of_another_configuration(capsys, tmp_path):

@@ -1,4 +1,5 @@
 """Training: arithmetic that is refused, every option on a few steps, and resuming for every kind of run."""
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -44,17 +45,19 @@ def test_option_trains_and_resumes_to_the_same_bits(tmp_path, option):
     assert resumed.metrics == straight.metrics
 
 
-def test_compiled_training_runs(tmp_path):
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_runs():
     run = train(replace(TINY, compile=True, epochs=1, device="cpu"))
     assert run.record["status"] == "finished"
 
 
 @pytest.mark.parametrize("bad, message", [
     (dict(compile=True, reduction="element"), "compile"), (dict(quotient=True, dropout=0.1), "dropout"),
-    (dict(net="UniqueFeatureMLP", width=32, reduction="element"), "convolution")])
-def test_options_that_do_not_go_together(bad, message):
+    (dict(quotient=True, reduction="row"), "quotient"), (dict(net="UniqueFeatureMLP", width=32, reduction="element"), "convolution")])
+def test_options_that_do_not_go_together(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message):
-        train(replace(TINY, **bad))
+        train(replace(TINY, **bad), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # nothing half-made is left behind
 
 
 def test_the_callers_random_numbers_are_left_alone():
@@ -78,3 +81,66 @@ def test_steps_are_measured_and_survive_a_pause(tmp_path):
     assert [row["step"] for row in straight.steps] == [1, 2, 3, 4, 5]
     assert resumed.steps == straight.steps
     assert set(straight.step_layers.layer) == set(straight.record["layers"])
+
+
+def paused(tmp_path, config=TINY):
+    train(config, tmp_path / "run", stop=lambda: True)
+    return tmp_path / "run"
+
+
+def change(checkpoint, **values):
+    state = torch.load(checkpoint, weights_only=True)
+    state["record"].update(values)
+    torch.save(state, checkpoint)
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    folder = paused(tmp_path)
+    change(folder / "checkpoint.pt", data_digest="0" * 64)
+    with pytest.raises(ValueError, match="data_digest 0000.*delete the file to start that run again"):
+        train(TINY, folder)
+
+
+def test_a_run_does_not_change_between_cpu_and_gpu(tmp_path):
+    folder = paused(tmp_path)
+    change(folder / "checkpoint.pt", device="cuda")
+    with pytest.raises(ValueError, match="made with device cuda, this process has cpu"):
+        train(TINY, folder)
+
+
+def test_a_run_that_went_on_under_another_commit_says_so(tmp_path):
+    folder = paused(tmp_path)
+    change(folder / "checkpoint.pt", commit="abc")
+    assert train(TINY, folder).record["earlier"] == [{"commit": "abc"}]
+
+
+def test_a_full_disk_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
+    folder, write = paused(tmp_path), training.write_json
+    def full(path, value):
+        if path.name == "record.json": raise OSError(28, "No space left on device")
+        write(path, value)
+    monkeypatch.setattr(training, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(TINY, folder)
+    monkeypatch.setattr(training, "write_json", write)
+    assert (folder / "checkpoint.pt").exists() and train(TINY, folder).metrics == train(TINY).metrics
+
+
+def test_metrics_that_were_lost_come_back_from_the_checkpoint(tmp_path):
+    folder = paused(tmp_path)
+    (folder / "metrics.jsonl").unlink()
+    assert train(TINY, folder).metrics == train(TINY).metrics
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    train(TINY, tmp_path / "run")
+    (tmp_path / "run" / "record.json").write_text("")
+    with pytest.raises(ValueError, match="record.json cannot be read; delete"):
+        train(TINY, tmp_path / "run")
+
+
+def test_determinism_is_what_the_configuration_says(tmp_path):
+    torch.use_deterministic_algorithms(True)
+    try: switches = train(replace(TINY, epochs=0)).record["switches"]
+    finally: torch.use_deterministic_algorithms(False)
+    assert switches["use_deterministic_algorithms"] == "off"
