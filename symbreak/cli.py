@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,7 @@ class Progress:
 
     def say(self, what: str) -> None:
         "What is being done apart from training"
-        if self.console.is_terminal: self.bar.update(self.task, description=f"{self.name}: {what}")
-        else: print(f"{self.name}: {what}", file=sys.stderr, flush=True)
+        self.console.print(what, highlight=False) if self.console.is_terminal else print(what, file=sys.stderr, flush=True)
 
     def tick(self) -> None:
         "Look at what is on disk and show it"
@@ -101,13 +101,16 @@ class Reproduce:
         notebooks = {name: find_notebook(name) for name in names}
         for folder in (store.root, out): check_writable(folder)
         deadline, tables = None if self.budget_min is None else time.monotonic() + 60 * self.budget_min, {}
-        with Progress(store, len(names)) as progress:
+        with Progress(store, len(names)) as progress, ThreadPoolExecutor(1) as background:  # a notebook executes while the next figure trains
+            executing = []
             for name in names:
                 progress.start(name, planned[name])
                 left_s = None if deadline is None else max(0., deadline - time.monotonic())
                 if left_s == 0. and not planned[name]: tables[name] = collect(name, self.profile, self.device, self.data, store)
                 else: tables[name] = reproduce(name, self.profile, self.device, self.data, store, self.workers, left_s, progress.tick)
-                if not tables[name].attrs["missing"]: make_figure(name, notebooks[name], tables[name], self, store, out, progress.say)
+                if not tables[name].attrs["missing"]:
+                    executing.append(background.submit(make_figure, name, notebooks[name], tables[name], self, store, out, progress.say))
+            for figure in executing: figure.result()
         return print_claims(tables, self.profile, self.strict)
 
 # %% ../nbs/14_cli.ipynb #81b0fb8a
@@ -142,8 +145,8 @@ def make_figure(name: str, notebook: Path, table, options: Reproduce, store, out
     made, key = Path(store.root)/"made"/f"{options.profile}-{name}.json", figure_key(notebook, table, options)
     executed = out/f"{name}.ipynb"
     fresh = made.exists() and json.loads(made.read_text()) == [key, str(out.absolute())]
-    if fresh and executed.exists() and (out/f"{name}.png").exists(): return say("up to date")
-    say(f"executing {notebook.name}")
+    if fresh and executed.exists() and (out/f"{name}.png").exists(): return say(f"{name}: up to date")
+    say(f"{name}: executing {notebook.name}")
     execute_notebook(notebook, executed, dict(profile=options.profile, device=options.device, data=options.data, out=str(out.absolute())))
     made.parent.mkdir(parents=True, exist_ok=True)
     write_json(made, [key, str(out.absolute())])
