@@ -106,8 +106,8 @@ def _width_gap(table: pd.DataFrame, curve: str, last_layer: bool = False) -> pd.
     return np.exp(np.log(ours / twin).abs().groupby("seed").mean())
 
 def _cost_ratio(table: pd.DataFrame, network: str) -> pd.Series:
-    "Cost of a step at the largest width over that at the smallest, from the medians of three groups of repeats"
-    part = table[(table.part == "cost") & (table.network == network)]
+    "Cost of a step at the largest width over that at width 2 (width 1 has a skip less), from the medians of three groups of repeats"
+    part = table[(table.part == "cost") & (table.network == network) & (table.width >= 2)]
     step = part.groupby([part.repeat % 3, part.width]).step_s.median().unstack()
     return step[step.columns.max()] / step[step.columns.min()]
 
@@ -184,7 +184,7 @@ CLAIMS: list[Claim] = [
     *_skip_claims(),
     Claim("tab01", "what identical features come to unbroken: accuracy of the He twin minus that of the exact control", lambda t: _gap(t, "exact control"),
           low=0.2, unit="%"),
-    Claim("fig11", "quotient: a step at width 10 costs as much as at width 1 (ratio, 3 groups of repeats)", lambda t: _cost_ratio(t, "quotient"), high=1.5),
+    Claim("fig11", "quotient: a step at width 10 costs as much as at width 2 (ratio, 3 groups of repeats)", lambda t: _cost_ratio(t, "quotient"), high=1.5),
 ]
 
 def check(figure: str, # experiment

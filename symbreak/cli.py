@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +105,7 @@ class Reproduce:
             executing = []
             for name in names:
                 progress.start(name, planned[name])
+                if not planned[name]: wait(executing)  # a measurement may be of time, and wants the machine to itself
                 left_s = None if deadline is None else max(0., deadline - time.monotonic())
                 if left_s == 0. and not planned[name]: tables[name] = collect(name, self.profile, self.device, self.data, store)
                 else: tables[name] = reproduce(name, self.profile, self.device, self.data, store, self.workers, left_s, progress.tick)
