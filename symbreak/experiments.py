@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STRINGS', 'TOY_WIDTH', 'DRAWN', 'DEPTHS', 'WIDTHS', 'EXPERIMENTS', 'SHOWING', 'DATA_SETS', 'Profile',
-           'active_share', 'Experiment', 'plan', 'source_digest', 'collect', 'join', 'every_data_set', 'reproduce']
+           'Experiment', 'plan', 'source_digest', 'collect', 'join', 'every_data_set', 'reproduce']
 
 # %% ../nbs/11_experiments.ipynb #1b6efb04
 import hashlib
@@ -13,7 +13,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from functools import partial
 from pathlib import Path
 
@@ -24,12 +23,12 @@ from torch.nn import functional as F
 import symbreak
 from .architecture import describe
 from .breaking import numerics
-from .data import Dataset, load
+from .data import load
 from .nets import ConstNet, LeakyNet
 from .propagation import NETWORKS, propagate
 from .quotient import quotient
 from .runs import Store, default_store, execute
-from .train import Config, Run, build, provenance, resolve_device, write_atomic
+from .train import Config, Run, provenance, resolve_device, write_atomic
 
 # %% ../nbs/11_experiments.ipynb #9499389f
 @dataclass(frozen=True)
@@ -124,22 +123,8 @@ def _string_rows(run: Run) -> pd.DataFrame: return run.history.assign(averaging=
 
 def _steps(run: Run) -> pd.DataFrame: return run.step_layers
 
-@lru_cache
-def _images(source: str, train_size: int | None) -> Dataset: return load(source, train_size=train_size)
-
-def active_share(config: Config) -> float:
-    "Share of the training images to which some hidden unit of the toy net answers at initialisation"
-    data = _images(config.data, config.train_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        hidden = build(config, data).hidden
-    x = (data.train_images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
-    return (hidden(x.flatten(1)) > 0).any(1).float().mean().item()
-
 def _toy_rows(run: Run) -> pd.DataFrame:
-    "A net is alive if it answers to at least a tenth of the training images; otherwise it is blind, and so are all copies of its units"
-    share = active_share(run.config)
-    return _last(run).assign(distinct_at_init=run.config.distinct, noise=run.config.weight_noise, active_share=share, alive=share >= 0.1)
+    return _last(run).assign(distinct_at_init=run.config.distinct, noise=run.config.weight_noise)
 
 @dataclass(frozen=True)
 class Experiment:

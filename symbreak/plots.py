@@ -79,11 +79,9 @@ def log_ticks(ax: Axes, base: int = 10) -> Axes:
 
 # %% ../nbs/12_plots.ipynb #6bd988d6
 def toy(table: pd.DataFrame, ax: Axes) -> Axes:
-    "fig01: test accuracy against distinct hidden units at initialisation; nets that are blind at birth are crosses, not averaged"
+    "fig01: test accuracy against distinct hidden units at initialisation"
     labelled = table.assign(curve=table.noise.map(lambda eps: f"weight noise {100 * eps:g} %" if eps else "no noise (exact copies)"))
-    alive, dead = labelled[labelled.alive], labelled[~labelled.alive]
-    lines(alive, ax, "distinct_at_init", "test_accuracy", order=sorted(labelled.curve.unique()), percent=True, marker="o", markersize=4)
-    if len(dead): ax.plot(dead.distinct_at_init, 100 * dead.test_accuracy, "x", color="black", label="blind at initialisation")
+    lines(labelled, ax, "distinct_at_init", "test_accuracy", order=sorted(labelled.curve.unique()), percent=True, marker="o", markersize=4)
     ax.set_xscale("log", base=2)
     ticks = sorted(table.distinct_at_init.unique())
     ax.set_xticks(ticks, [str(t) for t in ticks])

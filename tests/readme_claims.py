@@ -39,7 +39,7 @@ def claims_markdown(read=Path.read_text) -> str:
     lines += [f"| {r.figure} | {r.statement} | {r.band} | {r.measured} | {r.seeds} | {'**not reproduced**' if r.verdict == 'not reproduced' else r.verdict} |"
               for r in rows.itertuples()]
     sources = [table.attrs["provenance"] for table in tables.values()]
-    def all_of(key): return ", ".join(sorted({value for s in sources for value in s[key]}))
+    def all_of(key): return ", ".join(sorted({value for s in sources for value in s[key] if value}))
     lines += ["", f"Profile `quick`: {all_of('data')}; {all_of('device')}; torch {all_of('torch')}."]
     return "\n".join(lines) + "\n"
 

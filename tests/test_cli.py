@@ -120,7 +120,7 @@ def test_list_and_report(capsys, tmp_path, monkeypatch):
 
 def test_strict_fails_for_a_claim_that_is_not_reproduced(capsys, monkeypatch):
     import pandas as pd
-    flat = pd.DataFrame([dict(seed=s, distinct_at_init=q, noise=n, test_accuracy=0.5, alive=True) for s in range(3) for q in (1, 8) for n in (0, .01)])
+    flat = pd.DataFrame([dict(seed=s, distinct_at_init=q, noise=n, test_accuracy=0.5) for s in range(3) for q in (1, 8) for n in (0, .01)])
     flat.attrs["missing"] = 0
     assert cli.print_claims({"fig01": flat}, "quick", strict=True) == 1
     assert cli.print_claims({"fig01": flat}, "quick", strict=False) == 0
