@@ -45,8 +45,8 @@ PROFILES = {p.name: p for p in (
             Config(data="digits", net="LeakyNet", init="1_iiii_iiii_iiii", depth=16, width=1, epochs=12, lr=0.03, batch_size=32,
                    schedule="constant"),
             "embedded 8x8 digits, ConstNet-7-2, minutes on two CPU cores"),
-    Profile("cifar", Config(data="folder:cifar10-jpeg", depth=10, width=1, epochs=20, lr=0.1, batch_size=64, train_size=10000, test_size=2000,
-                   channels_last=True), 3,
+    Profile("cifar", Config(data="folder:cifar10-jpeg", depth=7, width=1, epochs=60, lr=0.05, batch_size=32, weight_decay=1.2e-3,
+                   train_size=10000, test_size=5000, measure_every=2, channels_last=True), 3,
             Config(data="folder:cifar10-jpeg", net="LeakyNet", init="1_iiii_iiii_iiii", depth=16, width=1, epochs=20, lr=0.03, batch_size=64,
                    train_size=5000, test_size=2000),
             "CIFAR-10 images, a small ConstNet, CPU hours or GPU minutes"),
@@ -76,7 +76,7 @@ def _breakers(profile: Profile) -> dict[str, Config]:
 
 def _skips(profile: Profile) -> dict[str, Config]:
     "abl01: 1x1 skips that see BN(x), and the released code's, which see ReLU(BN(x)) because it works in place"
-    sources = ("He init", "dropout 1 %", "hardware noise" if profile.name == "paper" else "one-ulp gradient noise")[profile.name == "quick":]
+    sources = ("He init", "dropout 1 %", "hardware noise" if profile.name == "paper" else "one-ulp gradient noise")[profile.name != "paper":]
     breakers = _breakers(profile)
     return {f"{source}, {skip}": replace(breakers[source], skip=skip) for source in sources for skip in ("linear", "rectified")}
 
@@ -102,8 +102,8 @@ TOY_WIDTH = 128
 
 def _toy(profile: Profile) -> dict[str, Config]:
     "fig01: accuracy against distinct features, without noise (exactly: as a quotient) and with"
-    base = replace(profile.base, net="UniqueFeatureMLP", depth=Config.depth, width=TOY_WIDTH, lr=0.02, epochs=40, measure_every=40, train_size=None,
-                   augment="none", channels_last=False)
+    base = replace(profile.base, net="UniqueFeatureMLP", depth=Config.depth, width=TOY_WIDTH, lr=0.02, weight_decay=Config.weight_decay, epochs=40,
+                   measure_every=40, augment="none", channels_last=False)
     powers = [2 ** k for k in range(TOY_WIDTH.bit_length())]
     return ({f"q={q}, no noise": replace(base, distinct=q, quotient=True) for q in powers}
             | {f"q={q}, noise 1 %": replace(base, distinct=q, weight_noise=0.01) for q in powers})

@@ -221,10 +221,11 @@ def build(config: Config, data: Dataset) -> nn.Module: # on the CPU, in float32 
     return model.double() if config.precision == "float64" else model
 
 # %% ../nbs/07_train.ipynb #61813a1d
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module | dict[str, Tensor], # or its state_dict
+) -> str:
     "sha256 of the bits of all parameters and buffers, 16 hex digits"
     digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for tensor in (model if isinstance(model, dict) else model.state_dict()).values():
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -328,6 +329,7 @@ class Trainer:
     def __init__(self, config: Config, data: Dataset, device: torch.device):
         self.config, self.device, self.epoch, self.step, self.steps = config, device, 0, 0, []
         self.digests: list[str] = []  # of the weights before the first step and after it
+        self.first_step: dict[str, Tensor] | None = None  # the weights after the first step, until their digest is taken
         self.layers: list[str] = []  # names of what is measured
         self.blocks: list[str] = []
         torch.manual_seed(config.seed)
@@ -382,13 +384,15 @@ class Trainer:
             correct += (logits.detach().argmax(1) == y).sum()
             self._after_step()
         self.epoch += 1
+        if self.first_step: self.digests.append(weights_digest(self.first_step))
+        self.first_step = None
         count = len(self.train_data.labels)
         return dict(train_loss=loss_sum.item() / count, train_accuracy=correct.item() / count)
 
     def _after_step(self) -> None:
         self.step += 1
         if self.config.ulp_layer: self._nudge()
-        if self.step == 1: self.digests.append(weights_digest(self.model))
+        if self.step == 1: self.first_step = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         if self.step <= self.config.measure_steps:
             self.steps.append(dict(step=self.step, layer_asymmetry=list(layer_asymmetry(self.wide_model()).values())))
 
