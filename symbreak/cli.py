@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'HELP', 'Progress', 'Reproduce', 'check_writable', 'find_notebook', 'figure_key', 'make_figure',
-           'execute_notebook', 'print_claims', 'Report', 'List', 'train_verb', 'train_one', 'main', 'run_verb']
+           'execute_notebook', 'print_claims', 'Report', 'List', 'train_verb', 'train_one', 'main', 'run_verb', 'parse',
+           'in_one_line']
 
 # %% ../nbs/14_cli.ipynb #148f1ad1
 import hashlib
+import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import tyro
@@ -314,4 +319,23 @@ def main(argv: list[str] | None = None) -> int: # exit code: 0, 1 (a claim or a 
 def run_verb(verb: str, argv: list[str]) -> int:
     "Parse the options of a verb and do it"
     if verb not in VERBS: raise ValueError(f"verb: {verb!r}; allowed: {', '.join(VERBS)}")
-    return tyro.cli(tyro.conf.OmitArgPrefixes[VERBS[verb]()], args=argv, prog=f"symbreak {verb}")()
+    return parse(verb, argv)()
+
+def parse(verb: str, argv: list[str]) -> Callable[[], int]: # the verb with its options, ready to be done
+    "Parse the options of a verb; what tyro says of a bad one in a box is raised as one line"
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said): return tyro.cli(tyro.conf.OmitArgPrefixes[VERBS[verb]()], args=argv, prog=f"symbreak {verb}")
+    except SystemExit as end:
+        if not end.code: raise  # --help
+        raise ValueError(f"{in_one_line(said.getvalue())}; see symbreak {verb} --help") from None
+
+def in_one_line(said: str, # what tyro prints: a title and parts, with rules between them, in a frame where the terminal can draw one
+) -> str:
+    "What is wrong, and what may have been meant"
+    plain = re.sub(r"\x1b\[[\d;]*m|[│╯╰╭╮]", "", said)  # without colours and frame
+    lines = [line.strip() for line in re.sub(r"^─+ (.*?) ─+$", r"\1\n───", plain, flags=re.M).splitlines()]
+    parts = [list(part) for rule, part in groupby(lines, lambda line: len(line) > 2 and not line.strip("─-")) if not rule][1:]
+    if not parts: return " ".join(said.split())
+    meant = [part[1].split()[0] for part in parts if part[0] == "Perhaps you meant:"]
+    return " ".join(takewhile(bool, parts[0])).rstrip(".") + "".join(f"; perhaps you meant {option}" for option in meant)  # details follow an empty line

@@ -46,6 +46,11 @@ def test_help_is_fast():
     (["train", "--init", "hee"], "init: 'hee'; allowed: identical, he"),
     (["train", "--depth", "8"], "depth: 8; allowed: 3n + 4"),
     (["train", "--data", "folder:/nowhere/at/all"], "/nowhere/at/all"),
+    (["train", "--wdth", "1"], "Unrecognized options: --wdth, 1; perhaps you meant --width; see symbreak train --help"),
+    (["train", "--width", "two"], "--width: invalid literal for int() with base 10: 'two'"),
+    (["train", "--skip", "no"], "invalid choice 'no' for argument '--skip'. Expected one of ('linear', 'rectified')"),
+    (["reproduce", "--workers", "many"], "--workers: no type matching {None}|INT could be instantiated from ['many']"),
+    (["report", "--nothing"], "Unrecognized options: --nothing"),
 ])
 def test_bad_arguments(capsys, tmp_path, monkeypatch, argv, named):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))

@@ -4,9 +4,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from symbreak import train as training
-from symbreak.train import Config, learning_rate, train, weights_digest
+from symbreak.data import load
+from symbreak.train import Config, Trainer, learning_rate, train, weights_digest
 
 TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
 
@@ -66,6 +68,38 @@ def test_the_callers_random_numbers_are_left_alone():
     torch.manual_seed(0)
     train(replace(TINY, epochs=1))
     assert torch.equal(torch.rand(3), expected)
+
+
+class Waits(TorchDispatchMode):
+    """Counts, among the operations inside, those whose result a host can only have by waiting for the device."""
+    names = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.names: self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("option", [{}, dict(dropout=0.1), dict(gradient_ulps=1), dict(reduction="element"), dict(input_noise=0.1),
+                                    dict(quotient=True), dict(precision="float64")], ids=str)
+def test_an_epoch_waits_for_the_device_once_at_its_end(monkeypatch, option):
+    trainer = Trainer(replace(TINY, augment="crop", **option), load("digits", train_size=200, test_size=100), torch.device("cpu"))
+    digested = []
+    monkeypatch.setattr(training, "weights_digest", lambda weights: digested.append(trainer.step))
+    for epoch in (1, 2):
+        with Waits() as waits: trainer.run_epoch()
+        assert waits.seen == ["_local_scalar_dense"] * 2  # mean loss and accuracy
+    assert digested == [4]  # of the weights after step 1, but read after the epoch
+
+
+def test_the_digest_after_step_one_is_of_step_one():
+    digests = train(replace(TINY, epochs=1, batch_size=200)).record["digests"]  # an epoch of one step
+    assert digests["step_1"] == bits(train(replace(TINY, epochs=1, batch_size=200)))
+    longer = train(replace(TINY, epochs=1))
+    assert longer.record["digests"]["step_1"] != bits(longer)
 
 
 def test_learning_rate_is_scaled_by_the_length():
