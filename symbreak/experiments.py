@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STRINGS', 'TOY_WIDTH', 'DRAWN', 'DEPTHS', 'WIDTHS', 'EXPERIMENTS', 'SHOWING', 'DATA_SETS', 'Profile',
-           'Experiment', 'plan', 'source_digest', 'collect', 'join', 'every_data_set', 'reproduce']
+           'Experiment', 'plan', 'source_digest', 'collect', 'join', 'everywhere', 'reproduce', 'archive']
 
 # %% ../nbs/11_experiments.ipynb #1b6efb04
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 import symbreak
 from .architecture import describe
 from .breaking import numerics
-from .data import load
+from .data import DataError, load
 from .nets import ConstNet, LeakyNet
 from .propagation import NETWORKS, propagate
 from .quotient import quotient
@@ -41,7 +42,8 @@ class Profile:
     says: str  # one line for `symbreak list`
 
 PROFILES = {p.name: p for p in (
-    Profile("quick", Config(data="digits", depth=7, width=2, epochs=50, lr=0.1, batch_size=48, measure_every=2, channels_last=True), 3,
+    Profile("quick", Config(data="digits", depth=7, width=2, epochs=60, lr=0.05, batch_size=48, weight_decay=8e-3, measure_every=2,
+                   channels_last=True), 3,
             Config(data="digits", net="LeakyNet", init="1_iiii_iiii_iiii", depth=16, width=1, epochs=12, lr=0.03, batch_size=32,
                    schedule="constant"),
             "embedded 8x8 digits, ConstNet-7-2, minutes on two CPU cores"),
@@ -70,7 +72,7 @@ def _breakers(profile: Profile) -> dict[str, Config]:
                    "random reduction order": replace(base, reduction="element", reduction_chunks=3), "plain arithmetic": base}
     if profile.name == "quick":  # depth 10 has 3x3 convolutions on 2x2 maps, where oneDNN's AVX2 kernels are not equivariant
         if platform.machine() in ("x86_64", "AMD64"):
-            curves["plain arithmetic, AVX2, depth 10"] = replace(base, onednn_isa="AVX2", depth=10, lr=0.05, epochs=30, channels_last=False, device="cpu")
+            curves["plain arithmetic, AVX2, depth 10"] = replace(base, onednn_isa="AVX2", depth=10, channels_last=False, device="cpu")
         curves["one-ulp noise, 2x as long"] = replace(base, gradient_ulps=1, epochs=2 * base.epochs)
     return curves | {"exact control": replace(base, quotient=True)}
 
@@ -111,7 +113,7 @@ def _toy(profile: Profile) -> dict[str, Config]:
 # %% ../nbs/11_experiments.ipynb #cc839c6b
 def _history(run: Run) -> pd.DataFrame: return run.history
 
-def _layers(run: Run) -> pd.DataFrame: return run.layers
+def _correlations(run: Run) -> pd.DataFrame: return run.layers[lambda t: t.measure.isin(("forward", "backward"))]
 
 def _widths(run: Run) -> pd.DataFrame: return run.layers[lambda t: t.measure == "effective_width"]
 
@@ -210,7 +212,7 @@ EXPERIMENTS = {
     "fig02": Experiment("ConstNet and LeakyNet are almost all zeros and constants, and hand one feature through", measure=_architecture),
     "fig03": Experiment("Signals at initialisation do not depend on depth", measure=_propagation),
     "fig04": Experiment("Identical features train once something breaks the symmetry", _breakers),
-    "fig05": Experiment("Weight correlation decays once symmetry is broken", _breakers, _layers),
+    "fig05": Experiment("Weight correlation decays once symmetry is broken", _breakers, _correlations),
     "fig06": Experiment("LeakyNet: the more averaging blocks, the harder symmetry is to break", _strings, _string_rows),
     "fig07": Experiment("Identity carries a one-ulp perturbation to all layers, averaging wipes it out", _travel, _steps),
     "fig08": Experiment("Effective width: do layers that start identical come to use as many directions as their diverse twins?", _breakers, _widths),
@@ -252,27 +254,48 @@ def _provenance_of(runs: list[Run], profile: str) -> dict:
     return dict(profile=profile, data=distinct("data"), device=distinct("device_name"), torch=distinct("torch"), commit=distinct("commit"),
                 seeds=sorted({run.config.seed for run in runs}))
 
+def _check_images(runs: list[Run]) -> None:
+    "Runs of one table must have seen the same images; a folder of images may have changed under its name"
+    seen = {}
+    for run in runs:
+        key, digest = (run.config.data, run.config.train_size, run.config.test_size), run.record["data_digest"]
+        if seen.setdefault(key, digest) != digest:
+            raise ValueError(f"data: finished runs on {run.config.data!r} have seen different images ({seen[key][:8]}, {digest[:8]}); "
+                             "move those of the old images out of the run store")
+
 def _run_table(name: str, profile: str, planned: list, runs: dict[Config, Run]) -> pd.DataFrame:
     "The rows of all finished runs"
     tables = [EXPERIMENTS[name].rows(runs[config]).assign(curve=curve, seed=config.seed, status=runs[config].record["status"])
               for curve, config in planned if config in runs]
+    _check_images(list(runs.values()))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["curve", "seed", "status"])
     table.attrs.update(experiment=name, provenance=_provenance_of(list(runs.values()), profile),
                        missing=sum(config not in runs for _, config in planned))
     return table
 
-def _measured_path(name: str, profile: str, device: str, data: str | None, store: Store) -> Path:
+def _measured_name(name: str, profile: str, device: str, data: str | None) -> str: # "*" for the device stands for any
     tag = "" if data is None else "-" + hashlib.sha256(data.encode()).hexdigest()[:8]
-    return Path(store.root)/"measured"/f"{name}-{profile}-{resolve_device(device).type}{tag}.json"
+    return f"{name}-{profile}-{device if device == '*' else resolve_device(device).type}{tag}.json"
+
+def _measured_path(name: str, profile: str, device: str, data: str | None, store: Store) -> Path:
+    return Path(store.root)/"measured"/_measured_name(name, profile, device, data)
+
+def _measured_table(name: str, kept: dict) -> pd.DataFrame:
+    table = pd.DataFrame(kept["rows"])
+    table.attrs.update(experiment=name, provenance=kept["provenance"], missing=0)
+    return table
 
 def _kept_measurement(name: str, profile: str, device: str, data: str | None, store: Store) -> pd.DataFrame | None:
     "A measurement of this very library, if there is one"
     path = _measured_path(name, profile, device, data, store)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("source") != source_digest(SHOWING): return None
-    table = pd.DataFrame(kept["rows"])
-    table.attrs.update(experiment=name, provenance=kept["provenance"], missing=0)
-    return table
+    return _measured_table(name, kept) if kept.get("source") == source_digest(SHOWING) else None
+
+def _archived_measurement(name: str, profile: str, device: str, data: str | None, store: Store) -> pd.DataFrame | None:
+    "A measurement that was committed, of whatever version its provenance says"
+    pattern = _measured_name(name, profile, "*" if device == "auto" else device, data)
+    found = [path for archive in store.archives for path in sorted((Path(archive)/"measured").glob(pattern))]
+    return _measured_table(name, json.loads(found[0].read_text())) if found else None
 
 def _take_measurement(name: str, profile: str, device: str, data: str | None, store: Store) -> pd.DataFrame:
     "Measure, and keep it in the store"
@@ -301,6 +324,7 @@ def collect(name: str, # experiment, such as "fig04"
         runs = {config: run for _, config in planned if (run := store.load(config)) is not None}
         return _run_table(name, profile, planned, runs)
     table = _kept_measurement(name, profile, device, data, store)
+    if table is None: table = _archived_measurement(name, profile, device, data, store)
     if table is None:
         table = pd.DataFrame()
         table.attrs.update(experiment=name, missing=1)
@@ -316,10 +340,11 @@ def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
     table.attrs.update(tables[0].attrs, provenance=sources[0] | merged)
     return table
 
-def every_data_set(name: str, profile: str = "quick", device: str = "auto", data: str | None = None, store: Store | None = None) -> pd.DataFrame:
-    "The tidy data of an experiment on all data sets on which it is finished; trains nothing"
-    sources = dict.fromkeys((data or PROFILES[profile].base.data, *DATA_SETS))
-    return join([t for source in sources if not (t := collect(name, profile, device, source, store)).attrs["missing"]])
+def everywhere(name: str, device: str = "auto", data: str | None = None, store: Store | None = None) -> pd.DataFrame: # with a column `profile`
+    "The tidy data of an experiment at all profiles and on all data sets on which it is finished; trains nothing"
+    found = [collect(name, profile, device, source, store).assign(profile=profile)
+             for profile, scale in PROFILES.items() for source in dict.fromkeys((data or scale.base.data, scale.base.data, *DATA_SETS))]
+    return join([table for table in found if not table.attrs["missing"]])
 
 def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
               profile: str = "quick", # quick, cifar or paper
@@ -334,5 +359,21 @@ def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
     store = store or default_store()
     planned = plan(name, profile, device, data)
     if planned: execute([config for _, config in planned], store, workers, budget_s, tick)
-    elif _kept_measurement(name, profile, device, data, store) is None: _take_measurement(name, profile, device, data, store)
+    elif _kept_measurement(name, profile, device, data, store) is None:
+        try: _take_measurement(name, profile, device, data, store)
+        except DataError:  # without the images, what was committed has to do
+            if _archived_measurement(name, profile, device, data, store) is None: raise
     return collect(name, profile, device, data, store)
+
+def archive(profile: str, # such as "cifar"
+            folder: Path | str, # such as results/cifar
+            store: Store | None = None, # where runs live; None: default_store()
+) -> int: # runs and measurements that the folder now holds for this profile
+    "Copy the small files of all finished runs and measurements of a profile, so that figures can be made again without data or hours"
+    store, folder = store or default_store(), Path(folder)
+    configs = {config for name in EXPERIMENTS for _, config in plan(name, profile) if store.find(config)}
+    for config in configs: store.archive(config, folder)
+    measured = sorted((Path(store.root)/"measured").glob(f"*-{profile}-*.json"))
+    if measured: (folder/"measured").mkdir(parents=True, exist_ok=True)
+    for path in measured: shutil.copyfile(path, folder/"measured"/path.name)
+    return len(configs) + len(measured)

@@ -222,11 +222,11 @@ def skips(table: pd.DataFrame, # histories with curve "source, skip"
     return axes
 
 # %% ../nbs/12_plots.ipynb #38a7ac12
-def accuracy_table(table: pd.DataFrame, # last epochs: columns data, curve, seed, epoch, test_accuracy, best_test_accuracy
-) -> pd.DataFrame: # one row per data set and curve: seeds, epochs, last and best accuracy in %, mean ± standard deviation over seeds
+def accuracy_table(table: pd.DataFrame, # last epochs: columns profile, data, curve, seed, epoch, test_accuracy, best_test_accuracy
+) -> pd.DataFrame: # one row per profile, data set and curve: seeds, epochs, last and best accuracy in %, mean ± standard deviation over seeds
     "tab01: the numbers as text"
     def text(values): return f"{100 * values.mean():.2f}" + (f" ± {100 * values.std():.2f}" if len(values) > 1 else "")
-    rows = table.groupby(["data", "curve"], sort=False)
+    rows = table.groupby(["profile", "data", "curve"], sort=False)
     return rows.agg(seeds=("seed", "nunique"), epochs=("epoch", "max"), last=("test_accuracy", text), best=("best_test_accuracy", text)).reset_index()
 
 def markdown(table: pd.DataFrame) -> str:
@@ -247,7 +247,7 @@ def error_dots(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if x / 10 ** math.floor(math.log10(x)) in (2, 5) else "")
     ax.set_yticks(range(len(curves)), curves)
     ax.invert_yaxis()
-    ax.set(xlabel="test error, last epoch (%); accuracy on the right", title=table.data.iloc[0])
+    ax.set(xlabel="test error, last epoch (%); accuracy on the right", title=f"{table.data.iloc[0]}, profile {table.profile.iloc[0]}")
     return ax
 
 # %% ../nbs/12_plots.ipynb #f5ec6501
@@ -290,7 +290,7 @@ def save(fig: Figure, table: pd.DataFrame, name: str, folder: Path | str, svg: b
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fig.supxlabel(small_print(table), fontsize=6, color="#555555", x=0.01, ha="left")
-    write_atomic(folder/f"{name}.csv", lambda f: table.to_csv(f, index=False, float_format="%.10g"))
+    write_atomic(folder/f"{name}.csv", lambda f: table.to_csv(f, index=False, float_format="%.6g"))
     write_atomic(folder/f"{name}.json", lambda f: f.write((json.dumps(table.attrs, indent=1) + "\n").encode()))
     write_atomic(folder/f"{name}.png", lambda f: fig.savefig(f, format="png", metadata={"Software": None}))
     if svg: write_atomic(folder/f"{name}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))

@@ -1,6 +1,6 @@
-"""The claims table of the README, computed from the data of figures/quick. `python tests/readme_claims.py` writes it.
+"""The claims in README.md (headlines) and figures/README.md (all), computed from the data in figures/. `python tests/readme_claims.py` writes both.
 
-The test compares it with the *committed* data, since `make reproduce` puts this machine's own into the working tree.
+The test compares them with the *committed* data, since `make reproduce` puts this machine's own into the working tree.
 """
 import io
 import json
@@ -9,46 +9,88 @@ from pathlib import Path
 
 import pandas as pd
 
-from symbreak.claims import check
-from symbreak.experiments import EXPERIMENTS
+from symbreak.claims import CLAIMS, NOT_REPRODUCED, NOT_TESTED, check
+from symbreak.experiments import EXPERIMENTS, PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+README, ALL_CLAIMS = ROOT / "README.md", ROOT / "figures" / "README.md"
 START, END = "<!-- claims: start -->\n", "<!-- claims: end -->"
 
 
-def committed(path: Path) -> str:
-    """A file as it was committed, or as it lies there where git cannot tell."""
-    name = path.relative_to(ROOT).as_posix()
-    shown = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True, text=True)
-    return shown.stdout if shown.returncode == 0 else path.read_text(encoding="utf-8")
+def committed(path: Path) -> str | None:
+    """A file as it was committed, or as it lies there where there is no git; None if there is no such file."""
+    inside = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True)
+    if inside.returncode: return lying(path)
+    shown = subprocess.run(["git", "show", f"HEAD:{path.relative_to(ROOT).as_posix()}"], cwd=ROOT, capture_output=True, text=True)
+    return None if shown.returncode else shown.stdout
 
 
-def load(path: Path, read) -> pd.DataFrame:
+def lying(path: Path) -> str | None:
+    """A file as it lies in the working tree."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def load(profile: str, name: str, read) -> pd.DataFrame | None:
     """Tidy data as `plots.save` wrote it, with its provenance."""
-    table = pd.read_csv(io.StringIO(read(path)))
+    path = ROOT / "figures" / profile / f"{name}.csv"
+    if (text := read(path)) is None: return None
+    table = pd.read_csv(io.StringIO(text))
     table.attrs.update(json.loads(read(path.with_suffix(".json"))))
     return table
 
 
-def claims_markdown(read=Path.read_text) -> str:
-    """The table, and under it where its numbers come from."""
-    tables = {name: load(ROOT / "figures" / "quick" / f"{name}.csv", read) for name in EXPERIMENTS}
-    rows = pd.concat([check(name, table, "quick") for name, table in tables.items()], ignore_index=True)
-    lines = ["| figure | claim | band | measured, mean ± sd | seeds | verdict |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r.figure} | {r.statement} | {r.band} | {r.measured} | {r.seeds} | {'**not reproduced**' if r.verdict == 'not reproduced' else r.verdict} |"
-              for r in rows.itertuples()]
-    sources = [table.attrs["provenance"] for table in tables.values()]
-    def all_of(key): return ", ".join(sorted({value for s in sources for value in s[key] if value}))
-    lines += ["", f"Profile `quick`: {all_of('data')}; {all_of('device')}; torch {all_of('torch')}."]
-    return "\n".join(lines) + "\n"
+def judged(read) -> dict[str, pd.DataFrame]:
+    """Profile -> its claims with verdicts, for the profiles that have figures; attrs say where the numbers come from."""
+    found = {}
+    for profile in PROFILES:
+        tables = {name: table for name in EXPERIMENTS if (table := load(profile, name, read)) is not None}
+        if not tables: continue
+        found[profile] = pd.concat([check(name, table, profile) for name, table in tables.items()], ignore_index=True)
+        sources = [table.attrs["provenance"] for table in tables.values()]
+        data, device, torch = (", ".join(sorted({v for s in sources for v in s[key] if v})) for key in ("data", "device", "torch"))
+        found[profile].attrs["source"] = f"{data}; {device}; torch {torch}"
+    return found
 
 
-def with_claims(readme: str, read=Path.read_text) -> str:
+def markdown(rows: list[list[str]], columns: list[str]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def verdict(row) -> str:
+    return f"**{row.verdict}**" if row.verdict == NOT_REPRODUCED else row.verdict
+
+
+def headlines(read=lying) -> str:
+    """The few claims that stand for the rest, a column for each profile."""
+    found = judged(read)
+    by_statement = {profile: {row.statement: row for row in table.itertuples()} for profile, table in found.items()}
+    rows = []
+    for statement, claim in {c.statement: c for c in CLAIMS if c.headline}.items():
+        cells = [rows_of.get(statement) for rows_of in by_statement.values()]
+        if any(cells):
+            rows.append([claim.figure, statement, claim.band,
+                         *(f"{cell.measured}, {verdict(cell)}" if cell and cell.verdict != NOT_TESTED else NOT_TESTED for cell in cells)])
+    sources = "".join(f"`{profile}`: {table.attrs['source']}.  \n" for profile, table in found.items())
+    return markdown(rows, ["figure", "claim", "band", *(f"`{profile}`" for profile in found)]) + "\n" + sources
+
+
+def all_claims(read=lying) -> str:
+    """The page with every claim at every profile."""
+    parts = ["# All claims\n\nA claim is *reproduced* if the mean over seeds lies in a band that was fixed beforehand. Made by `python tests/readme_claims.py` "
+             "from the data beside the figures.\n"]
+    for profile, table in judged(read).items():
+        rows = [[r.figure, r.statement, r.band, r.measured or "-", str(r.seeds), verdict(r)] for r in table.itertuples()]
+        parts.append(f"\n## Profile `{profile}`\n\n{PROFILES[profile].says[0].upper()}{PROFILES[profile].says[1:]}. Measured on: {table.attrs['source']}.\n\n"
+                     + markdown(rows, ["figure", "claim", "band", "measured, mean ± sd", "seeds", "verdict"]))
+    return "".join(parts)
+
+
+def with_claims(readme: str, read=lying) -> str:
     """The README with its table replaced."""
     before, rest = readme.split(START)
-    return before + START + claims_markdown(read) + END + rest.split(END)[1]
+    return before + START + headlines(read) + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(with_claims(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_claims(lying(README)), encoding="utf-8")
+    ALL_CLAIMS.write_text(all_claims(), encoding="utf-8")

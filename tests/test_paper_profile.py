@@ -1,4 +1,5 @@
 """The paper's profile at reduced size on a CPU: it makes progress within a budget, stops cleanly, and goes on."""
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from PIL import Image
 
 from symbreak import cli, experiments
+from symbreak.data import DataError
 from symbreak.runs import Store
 
 
@@ -42,3 +44,18 @@ def test_runs_of_the_paper_pause_and_finish(small_paper):
     assert table.attrs["missing"] == 0 and set(table.status) == {"finished"} and table.attrs["provenance"]["profile"] == "paper"
     strings = experiments.reproduce("fig06", "paper", "cpu", store=small_paper, workers=2)
     assert strings.curve.nunique() == 7 and set(strings.status) == {"finished"}
+
+
+def test_what_was_archived_stands_in_for_data_and_hours(small_paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "DEPTHS", (10,))
+    made = {name: experiments.reproduce(name, "paper", store=small_paper) for name in ("fig03", "abl01")}
+    assert experiments.archive("paper", tmp_path / "results", small_paper) == 6 + 1  # the runs of abl01, and fig03
+    shutil.rmtree(tmp_path / "images")
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(DataError, match="no such folder"):
+        experiments.reproduce("fig03", "paper", store=small_paper)
+    elsewhere = Store(tmp_path / "runs", (tmp_path / "results",))
+    for name, table in made.items():
+        again = experiments.reproduce(name, "paper", store=elsewhere)
+        assert again.equals(table) and again.attrs == table.attrs
+    assert not list((tmp_path / "runs").rglob("checkpoint.pt"))
