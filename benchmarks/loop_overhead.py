@@ -17,9 +17,11 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
+from symbreak.config import Config
 from symbreak.data import Dataset, load
 from symbreak.diversity import measure
-from symbreak.train import Config, Trainer, provenance
+from symbreak.records import provenance
+from symbreak.train import Trainer
 
 
 def random_images(train: int = 1024, test: int = 256, size: int = 32) -> Dataset:

@@ -147,7 +147,7 @@ def figure_key(notebook: Path, table, options: Reproduce) -> str:
 
 def make_figure(name: str, notebook: Path, table, options: Reproduce, store, out: Path, say) -> None:
     "Execute a figure's notebook, unless its files are there and up to date"
-    from symbreak.train import write_json
+    from symbreak.records import write_json
     made, key = Path(store.root)/"made"/f"{options.profile}-{name}.json", figure_key(notebook, table, options)
     executed = out/f"{name}.ipynb"
     fresh = made.exists() and json.loads(made.read_text()) == [key, str(out.absolute())]
@@ -246,7 +246,7 @@ class List:
 # %% ../nbs/14_cli.ipynb #0ce4cffd
 def train_verb() -> type:
     "The dataclass of `symbreak train`; made on demand, because Config needs torch"
-    from symbreak.train import Config
+    from symbreak.config import Config
 
     @dataclass
     class Train:

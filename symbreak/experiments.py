@@ -24,12 +24,13 @@ from torch.nn import functional as F
 import symbreak
 from .architecture import describe
 from .breaking import numerics
+from .config import Config, resolve_device
 from .data import DataError, load
 from .nets import ConstNet, LeakyNet
 from .propagation import NETWORKS, propagate
 from .quotient import quotient
+from .records import Run, provenance, write_atomic
 from .runs import Store, default_store, execute
-from .train import Config, Run, provenance, resolve_device, write_atomic
 
 # %% ../nbs/11_experiments.ipynb #9499389f
 @dataclass(frozen=True)

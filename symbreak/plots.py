@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from .train import write_atomic
+from .records import write_atomic
 
 # %% ../nbs/12_plots.ipynb #4661be01
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")  # Okabe & Ito, yellow darkened

@@ -29,8 +29,8 @@ from pygments.formatters import HtmlFormatter
 from .claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, check
 from .experiments import EXPERIMENTS, PROFILES
 from .plots import small_print
+from .records import write_atomic
 from .runs import home
-from .train import write_atomic
 
 # %% ../nbs/13a_report.ipynb #4e65b514
 def mathml(tex: str, # LaTeX without its dollars

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from .train import Config, Run, is_finished, read_lines, resolve_device, train
+from .config import Config, resolve_device
+from .records import Run, is_finished, read_lines
+from .train import train
 
 # %% ../nbs/08_runs.ipynb #db5301d9
 def home() -> Path:

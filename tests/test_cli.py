@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from symbreak import cli
-from symbreak.train import Config, train
+from symbreak.config import Config
+from symbreak.train import train
 
 SMALL = ["--depth", "7", "--width", "1", "--epochs", "2", "--train-size", "200", "--test-size", "100"]
 CONFIG = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100)

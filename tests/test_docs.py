@@ -13,7 +13,7 @@ import yaml
 
 from symbreak import report
 from symbreak.report import mathml
-from symbreak.train import Config
+from symbreak.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import pytest
 
+from symbreak.config import Config
+from symbreak.records import Run, read_lines
 from symbreak.runs import Store, execute
-from symbreak.train import Config, Run, read_lines, train
+from symbreak.train import train
 
 TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1, augment="crop", gradient_ulps=1)
 CODE = """
 import sys, torch
 from dataclasses import replace
+from symbreak.config import Config
 from symbreak.runs import Store, execute
-from symbreak.train import Config
 torch.set_num_threads(1)
 if __name__ == "__main__":
     base = Config.from_dict(eval(sys.argv[2]))

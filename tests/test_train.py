@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from symbreak import config as configuration
 from symbreak import train as training
+from symbreak.config import Config, learning_rate
 from symbreak.data import load
-from symbreak.train import Config, Trainer, learning_rate, train, weights_digest
+from symbreak.records import weights_digest
+from symbreak.train import Trainer, train
 
 TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
 
@@ -18,13 +21,13 @@ def bits(run):
 
 
 def test_bf16_without_the_instructions_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(training, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(configuration, "cpu_has_bf16", lambda: False)
     with pytest.raises(ValueError, match="AVX512-BF16.*allowed here: float32, float64"):
         train(replace(TINY, precision="bf16", device="cpu"))
 
 
 def test_bf16_where_the_instructions_are_there(monkeypatch):
-    monkeypatch.setattr(training, "cpu_has_bf16", lambda: True)  # slow without them, but right
+    monkeypatch.setattr(configuration, "cpu_has_bf16", lambda: True)  # slow without them, but right
     run = train(replace(TINY, precision="bf16", init="he", device="cpu"))
     assert run.record["status"] == "finished"
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
