@@ -125,16 +125,18 @@ def reading_list(root: Path = ROOT) -> str:
 
 
 def gallery(root: Path = ROOT) -> str:
-    """Every figure that there is, with a link to its notebook."""
+    """Every figure that there is, at every profile, with a link to its notebook: as executed at that profile, or else as committed."""
+    pages = {Path(n.page).stem: n.page for n in figure_notebooks(root)}
     parts = []
-    for notebook in figure_notebooks(root):
-        title, subtitle = headline(read(notebook.path))
-        name, _, profile = Path(notebook.page).stem.partition("-")
-        picture = root / "figures" / profile / f"{name}.png"
-        parts.append(f"## {notebook.label}: {title}\n")
-        if profile and picture.exists():
-            parts.append(f"[![{title}: {subtitle}](figures/{profile}/{name}.png)]({notebook.page})\n")
-        parts.append(f"{subtitle[:1].upper()}{subtitle[1:]}. [The notebook]({notebook.page}).\n")
+    for path in sorted((root / "nbs" / "figures").glob("*.ipynb")):
+        title, subtitle = headline(read(path))
+        name = path.stem.partition("_")[0]
+        mine = {profile: page for profile in ("", *PROFILES) if (page := pages.get(f"{name}-{profile}".strip("-")))}
+        parts.append(f"## {name}: {title}\n\n{subtitle[:1].upper()}{subtitle[1:]}.\n")
+        for profile in PROFILES:
+            if (root / "figures" / profile / f"{name}.png").exists():
+                page = mine.get(profile, next(iter(mine.values())))
+                parts.append(f"Profile `{profile}`, [the notebook]({page}):\n\n[![{title}: {subtitle} ({profile})](figures/{profile}/{name}.png)]({page})\n")
     return "\n".join(parts)
 
 

@@ -12,8 +12,8 @@ import submitit
 import yaml
 
 from symbreak import report
-from symbreak.report import mathml
 from symbreak.config import Config
+from symbreak.report import mathml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -52,6 +52,12 @@ def test_every_page_of_the_navigation_exists_and_every_page_is_in_it():
     assert "..." not in nav and len(set(nav)) == len(nav)
     pages = {p.relative_to(DOCS).as_posix() for p in WRITTEN} | {p for p in MADE if p.endswith(".md")}
     assert set(nav) == pages
+
+
+def test_the_gallery_shows_every_committed_picture():
+    shown = re.findall(r"\]\((figures/\w+/\w+\.png)\)\]\((figures/[\w-]+\.md)\)", HOOKS.gallery())
+    assert {picture for picture, _ in shown} == set(HOOKS.pictures())
+    assert {page for _, page in shown} <= set(MADE)
 
 
 def test_notebooks_come_in_reading_order():
