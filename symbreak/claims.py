@@ -173,6 +173,8 @@ CLAIMS: list[Claim] = [
     Claim("fig05", "forward correlation of block convolutions decays from 1 (end, dropout 1 %)", lambda t: _layer_mean(t, "dropout 1 %", "forward"), high=0.5),
     Claim("fig05", "forward correlation of block convolutions ends at the He run's level (dropout minus He)",
           lambda t: _layer_mean(t, "dropout 1 %", "forward") - _layer_mean(t, "He init", "forward"), low=-0.1, high=0.1, headline=True),
+    Claim("fig05", "forward correlation of block convolutions ends at the He run's level (dropout 3x as long minus He)",
+          lambda t: _layer_mean(t, "dropout 1 %, 3x as long", "forward") - _layer_mean(t, "He init", "forward"), low=-0.1, high=0.1, profiles=("quick",)),
     Claim("fig06", "LeakyNet 1_iiii_iiii_iiii (one feature, no averaging block) trains", lambda t: _last(t, "1_iiii_iiii_iiii"), low=0.93, unit="%", profiles=("quick",)),
     Claim("fig06", "LeakyNet: accuracy falls with averaging blocks (rank correlation over the strings that start with 1)", _string_trend, high=-0.8, headline=True),
     Claim("fig06", "LeakyNet: hindering hurts (1_iiii_iiii_iiii minus 1_1111_1111_1111)",

@@ -75,6 +75,7 @@ def _breakers(profile: Profile) -> dict[str, Config]:
         if platform.machine() in ("x86_64", "AMD64"):
             curves["plain arithmetic, AVX2, depth 10"] = replace(base, onednn_isa="AVX2", depth=10, channels_last=False, device="cpu")
         curves["one-ulp noise, 2x as long"] = replace(base, gradient_ulps=1, epochs=2 * base.epochs)
+        curves["dropout 1 %, 3x as long"] = replace(base, dropout=0.01, epochs=3 * base.epochs, measure_every=3 * base.measure_every)
     return curves | {"exact control": replace(base, quotient=True)}
 
 def _skips(profile: Profile) -> dict[str, Config]:

@@ -119,7 +119,7 @@ def test_diverged_training_is_a_failure(capsys, tmp_path):
 def test_list_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
     code, printed = run(capsys, "list")
-    assert code == 0 and "fig04" in printed.out and "0/24" in printed.out
+    assert code == 0 and "fig04" in printed.out and "0/27" in printed.out
     code, printed = run(capsys, "report", "--strict", "--out", tmp_path / "report")
     assert code == 0 and "not tested" in printed.out  # untested is not failed
 
