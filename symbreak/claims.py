@@ -80,13 +80,16 @@ def _gradient_ratio(table: pd.DataFrame, network: str) -> pd.Series:
 def _layer_mean(table: pd.DataFrame, curve: str, measure: str, first: bool = False) -> pd.Series:
     "Mean over block convolutions of a measure, in the last (or first) epoch, by seed"
     rows = table[(table.curve == curve) & (table.measure == measure) & table.layer.str.endswith("conv")]
-    return rows[rows.epoch == (rows.epoch.min() if first else rows.epoch.max())].groupby("seed").value.mean()
+    at = rows[rows.epoch == (rows.epoch.min() if first else rows.epoch.max())].groupby("seed").value.mean()
+    return at.reindex(sorted(rows.seed.unique()))  # NaN for a run that diverged
 
 def _string_trend(table: pd.DataFrame) -> pd.Series:
     "Rank correlation of last-epoch accuracy with the number of averaging blocks over strings that start with 1, by seed; 0 if all are as good"
     last = table[(table.epoch == table.groupby("curve").epoch.transform("max")) & table.curve.str.startswith("1")]
-    return pd.Series({seed: rows.averaging.corr(rows.test_accuracy, method="spearman") if rows.test_accuracy.nunique() > 1 else 0.
-                      for seed, rows in last.groupby("seed")})
+    def trend(rows):
+        if len(rows) < last.curve.nunique(): return math.nan  # a run diverged
+        return rows.averaging.corr(rows.test_accuracy, method="spearman") if rows.test_accuracy.nunique() > 1 else 0.
+    return pd.Series({seed: trend(last[last.seed == seed]) for seed in sorted(table.seed.unique())})
 
 def _reach(table: pd.DataFrame, network: str, step: int | None = None) -> pd.Series:
     "Share of layers that one ulp in the stem has made asymmetric at a step (None: the last), beyond those of the untouched network, by seed"
@@ -104,7 +107,7 @@ def _width_gap(table: pd.DataFrame, curve: str, last_layer: bool = False) -> pd.
     last = table[table.epoch == table.groupby("curve").epoch.transform("max")]
     if last_layer: last = last[last.layer == last.layer.iloc[-1]]
     ours, twin = (last[last.curve == c].set_index(["seed", "layer"]).value for c in (curve, "He init"))
-    return np.exp(np.log(ours / twin).abs().groupby("seed").mean())
+    return np.exp(np.log(ours / twin).abs().groupby("seed").mean()).reindex(sorted(table.seed.unique()))
 
 def _cost_ratio(table: pd.DataFrame, network: str) -> pd.Series:
     "Cost of a step at the largest width over that at width 2 (width 1 has a skip less), from the medians of three groups of repeats"
@@ -129,6 +132,16 @@ def _breaker_claims() -> list[Claim]:
             Claim("fig04", "gap to the He twin closes: one-ulp noise, 2x as long", lambda t: _gap(t, "one-ulp noise, 2x as long"), low=-0.02, high=0.02, unit="%",
                   profiles=ours)]
 
+def _hardware_claims() -> list[Claim]:
+    "fig04 at the paper's scale, where the hardware is the source of noise"
+    ours = ("paper",)
+    return [Claim("fig04", "ConstNet-16-10, He init: as accurate as Wide-ResNets are", lambda t: _last(t, "He init"), low=0.93, unit="%", profiles=ours),
+            Claim("fig04", "hardware noise breaks the symmetry (asymmetry at the end)", lambda t: _last(t, "hardware noise", "asymmetry"), low=0.1, profiles=ours),
+            *(Claim("fig04", f"gap to the He twin: {curve}", lambda t, c=curve: _gap(t, c), low=-0.01, high=0.01, unit="%", profiles=ours, headline=True)
+              for curve in ("hardware noise", "hardware noise + dropout")),
+            Claim("fig04", "deterministic arithmetic keeps one distinct feature per layer to the last step", lambda t: _last(t, "deterministic", "distinct_features"),
+                  low=1, high=1, profiles=ours, headline=True)]
+
 def _table_claims() -> list[Claim]:
     "tab01: one point is the paper's scale; smaller test sets and nets cannot tell less than two apart (360 digits: 1 % each way, 3 seeds)"
     points = {"quick": 0.02, "cifar": 0.02, "paper": 0.01}
@@ -149,7 +162,8 @@ def _width_claims() -> list[Claim]:
     "fig08: within a factor of 1.25, that is a quarter, is called similar"
     where = {"dropout 1 %": ("quick", "cifar", "paper"), "one-ulp gradient noise": ("quick", "cifar"), "hardware noise": ("paper",)}
     return [Claim("fig08", f"effective width at the end, {layers}: typical factor to the He twin, {curve}",
-                  lambda t, c=curve, last=layers == "last layer": _width_gap(t, c, last), low=1, high=1.25, profiles=profiles, headline=layers == "all layers" and curve == "dropout 1 %")
+                  lambda t, c=curve, last=layers == "last layer": _width_gap(t, c, last), low=1, high=1.25, profiles=profiles,
+                  headline=layers == "all layers" and curve == "dropout 1 %")
             for layers in ("all layers", "last layer") for curve, profiles in where.items()]
 
 CLAIMS: list[Claim] = [
@@ -165,6 +179,7 @@ CLAIMS: list[Claim] = [
         Claim("fig03", f"{net}: gradient norm does not depend on depth (largest / smallest)", lambda t, n=net: _gradient_ratio(t, n), high=1.01))),
     Claim("fig04", "ConstNet, He init: trains", lambda t: _last(t, "He init"), low=0.95, unit="%", profiles=("quick",)),
     *_breaker_claims(),
+    *_hardware_claims(),
     Claim("fig04", "exact control (never broken): stays near one-feature accuracy", lambda t: _last(t, "exact control"), high=0.4, unit="%", headline=True),
     Claim("fig04", "exact control: distinct features per layer at the last step (one by construction)",
           lambda t: _last(t, "exact control", "distinct_features"), low=1, high=1),
@@ -173,7 +188,7 @@ CLAIMS: list[Claim] = [
     Claim("fig05", "forward correlation of block convolutions decays from 1 (end, dropout 1 %)", lambda t: _layer_mean(t, "dropout 1 %", "forward"), high=0.5),
     Claim("fig05", "forward correlation of block convolutions ends at the He run's level (dropout minus He)",
           lambda t: _layer_mean(t, "dropout 1 %", "forward") - _layer_mean(t, "He init", "forward"), low=-0.1, high=0.1, headline=True),
-    Claim("fig05", "forward correlation of block convolutions ends at the He run's level (dropout 3x as long minus He)",
+    Claim("fig05", "forward correlation of block convolutions ends at the He run's level (dropout 3x as long, with 3x the decay, minus He)",
           lambda t: _layer_mean(t, "dropout 1 %, 3x as long", "forward") - _layer_mean(t, "He init", "forward"), low=-0.1, high=0.1, profiles=("quick",)),
     Claim("fig06", "LeakyNet 1_iiii_iiii_iiii (one feature, no averaging block) trains", lambda t: _last(t, "1_iiii_iiii_iiii"), low=0.93, unit="%", profiles=("quick",)),
     Claim("fig06", "LeakyNet: accuracy falls with averaging blocks (rank correlation over the strings that start with 1)", _string_trend, high=-0.8, headline=True),

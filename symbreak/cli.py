@@ -43,11 +43,13 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self.console.is_terminal: self.bar.stop()
 
-    def start(self, figure: str, configs: list) -> None:
-        "The figure that what follows is about, and its runs"
+    def start(self, figure: str, planned: list) -> None:
+        "The figure that what follows is about, and its runs, as (curve, configuration)"
         self.count += 1
-        self.name, self.configs, self.total = f"{figure} ({self.count} of {self.figures})", configs, sum(c.epochs for c in configs)
-        self.began, self.printed, self.already = time.monotonic(), -self.every_s, sum(map(self.store.epochs_done, configs))
+        self.labels = {config: f"{curve}, seed {config.seed}" for curve, config in planned}
+        self.name, self.configs = f"{figure} ({self.count} of {self.figures})", [config for _, config in planned]
+        self.total = sum(c.epochs for c in self.configs)
+        self.began, self.printed, self.already = time.monotonic(), -self.every_s, sum(map(self.store.epochs_done, self.configs))
         self.bar.reset(self.task, total=self.total or 1, completed=self.already)
         self.tick()
 
@@ -58,9 +60,10 @@ class Progress:
     def tick(self) -> None:
         "Look at what is on disk and show it"
         if not self.configs: return
-        epochs = sum(map(self.store.epochs_done, self.configs))
-        runs = sum(self.store.find(c) is not None for c in self.configs)
-        text = f"{self.name}: {runs} of {len(self.configs)} runs finished"
+        done = {c: self.store.epochs_done(c) for c in self.configs}
+        runs, epochs = sum(self.store.find(c) is not None for c in self.configs), sum(done.values())
+        now = [self.labels[c] for c, e in done.items() if 0 < e < c.epochs][:2]
+        text = f"{self.name}: {runs} of {len(self.configs)} runs finished" + (f" (now {'; '.join(now)})" if now else "")
         if self.console.is_terminal: self.bar.update(self.task, description=text, completed=epochs)
         elif time.monotonic() - self.printed >= self.every_s:
             self.printed = time.monotonic()
@@ -102,9 +105,10 @@ class Reproduce:
         store, out, names = default_store(), (self.out or home()/"figures")/self.profile, self.figures or tuple(EXPERIMENTS)
         if self.workers is not None and self.workers < 1: raise ValueError(f"workers: {self.workers}; allowed: at least 1")
         if self.budget_min is not None and self.budget_min < 0: raise ValueError(f"budget_min: {self.budget_min}; allowed: at least 0")
-        planned = {name: [c for _, c in plan(name, self.profile, self.device, self.data)] for name in names}
+        planned = {name: plan(name, self.profile, self.device, self.data) for name in names}
         notebooks = {name: find_notebook(name) for name in names}
-        for folder in (store.root, out): check_writable(folder)
+        check_writable(store.root, "--runs")
+        check_writable(out, "--out")
         deadline, tables = None if self.budget_min is None else time.monotonic() + 60 * self.budget_min, {}
         with Progress(store, len(names)) as progress, ThreadPoolExecutor(1) as background:  # a notebook executes while the next figure trains
             executing = []
@@ -116,19 +120,21 @@ class Reproduce:
                 else: tables[name] = reproduce(name, self.profile, self.device, self.data, store, self.workers, left_s, progress.tick)
                 if not tables[name].attrs["missing"]:
                     executing.append(background.submit(make_figure, name, notebooks[name], tables[name], self, store, out, progress.say))
+                for figure in executing:
+                    if figure.done(): figure.result()  # a notebook that fails is said now
             for figure in executing: figure.result()
         return print_claims(tables, self.profile, self.strict)
 
 # %% ../nbs/14_cli.ipynb #81b0fb8a
-def check_writable(folder: Path) -> None:
-    "Make a folder and write to it now, rather than fail after an hour of training"
+def check_writable(folder: Path, option: str) -> None:
+    "Make a folder and write to it now, rather than fail after an hour of training; the option that chooses another is named"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder/f".write-test-{os.getpid()}"
         try: probe.write_bytes(bytes(4096))
         finally: probe.unlink(missing_ok=True)
     except OSError as e:
-        raise OSError(f"folder: cannot write to {folder} ({e.strerror}); free some space, or choose another with --runs or --out") from None
+        raise OSError(f"folder: cannot write to {folder} ({e.strerror}); free some space, or choose another with {option}") from None
 
 def find_notebook(name: str) -> Path:
     "The notebook of a figure, in the checkout that surrounds the working directory"
@@ -139,19 +145,21 @@ def find_notebook(name: str) -> Path:
                          "(the installed package has symbreak.experiments.reproduce, but no notebooks)")
     return found[0]
 
-def figure_key(notebook: Path, table, options: Reproduce) -> str:
+def figure_key(name: str, notebook: Path, table, options: Reproduce) -> str:
     "Changes when anything that a figure is made of changes: the notebook, the library, the options, the data"
-    from symbreak.experiments import source_digest
-    parts = (source_digest(), options.profile, options.device, str(options.data), json.dumps(table.attrs), table.to_csv(index=False))
+    from symbreak.experiments import EXPERIMENTS, everywhere, source_digest
+    tables = [table] + [everywhere(name, options.device, options.data)] * EXPERIMENTS[name].gathers
+    parts = (source_digest(), options.profile, options.device, str(options.data), *(json.dumps(t.attrs) + t.to_csv(index=False) for t in tables))
     return hashlib.sha256(notebook.read_bytes() + "\n".join(parts).encode()).hexdigest()
 
 def make_figure(name: str, notebook: Path, table, options: Reproduce, store, out: Path, say) -> None:
     "Execute a figure's notebook, unless its files are there and up to date"
     from symbreak.records import write_json
-    made, key = Path(store.root)/"made"/f"{options.profile}-{name}.json", figure_key(notebook, table, options)
+    made, key = Path(store.root)/"made"/f"{options.profile}-{name}.json", figure_key(name, notebook, table, options)
     executed = out/f"{name}.ipynb"
-    fresh = made.exists() and json.loads(made.read_text()) == [key, str(out.absolute())]
-    if fresh and executed.exists() and (out/f"{name}.png").exists(): return say(f"{name}: up to date")
+    try: fresh = json.loads(made.read_text()) == [key, str(out.absolute())]
+    except (OSError, ValueError): fresh = False  # not there, or damaged
+    if fresh and all((out/f"{name}.{kind}").exists() for kind in ("ipynb", "png", "csv", "json")): return say(f"{name}: up to date")
     say(f"{name}: executing {notebook.name}")
     execute_notebook(notebook, executed, dict(profile=options.profile, device=options.device, data=options.data, out=str(out.absolute())))
     made.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +176,7 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
                                        config=Config(KernelManager={"transport": "ipc"}))  # no open ports, and no warning about them
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
-    except KeyboardInterrupt:
+    except BaseException:  # such as a kernel that an interrupt has ended
         half.unlink(missing_ok=True)
         raise
     os.replace(half, executed)
@@ -217,7 +225,7 @@ class Report:
         if self.profile == "all": tables = {p: t for p, t in tables.items() if p == "quick" or any(len(table) for table in t.values())}
         code = max(print_claims(named, profile, self.strict) for profile, named in tables.items())
         notebooks, out = find_notebooks(), self.out or home()/"build"/"report"
-        check_writable(out)
+        check_writable(out, "--out")
         print(f"Report: {write_report(out, tables, self.figures, notebooks)}")
         return code
 
@@ -266,7 +274,7 @@ def train_one(config, folder: Path | None) -> int:
     from symbreak.train import train
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
     folder = folder or default_store().folder(config)
-    check_writable(folder.parent)  # not the folder itself: wrong options leave nothing behind
+    check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, printed = Console(stderr=True), time.monotonic()
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -150,7 +150,7 @@ _FLOATS = [name for name, hint in _HINTS.items() if hint is float]
 # %% ../nbs/06a_config.ipynb #a3d38677
 def learning_rate(config: Config, epoch: int) -> float:
     "Learning rate of an epoch (counted from 0)"
-    milestones = {"scaled": [round(share * config.epochs) for share in (0.3, 0.6, 0.8)],
+    milestones = {"scaled": [max(1, round(share * config.epochs)) for share in (0.3, 0.6, 0.8)],
                   "released": [config.epochs - left for left in (140, 80, 40)],
                   "constant": []}[config.schedule]
     return config.lr * 0.2 ** sum(epoch >= m for m in milestones)

@@ -290,7 +290,7 @@ def save(fig: Figure, table: pd.DataFrame, name: str, folder: Path | str, svg: b
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fig.supxlabel(small_print(table), fontsize=6, color="#555555", x=0.01, ha="left")
-    write_atomic(folder/f"{name}.csv", lambda f: table.to_csv(f, index=False, float_format="%.6g"))
+    write_atomic(folder/f"{name}.csv", lambda f: table.to_csv(f, index=False, float_format="%.9g"))
     write_atomic(folder/f"{name}.json", lambda f: f.write((json.dumps(table.attrs, indent=1) + "\n").encode()))
     write_atomic(folder/f"{name}.png", lambda f: fig.savefig(f, format="png", metadata={"Software": None}))
     if svg: write_atomic(folder/f"{name}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,8 +40,9 @@ class Store:
         return Path(self.root)/config.hash
 
     def find(self, config: Config) -> Path | None:
-        "The folder of the finished run of `config`, wherever it is"
-        folders = (self.folder(config), *(Path(archive)/config.hash for archive in self.archives))
+        "The folder of the finished run of `config`, wherever it is; device `auto` accepts a run of any device"
+        variants = [replace(config, device=d) for d in (config.device, "cuda", "cpu")] if config.device == "auto" else [config]
+        folders = (Path(place)/c.hash for place in (self.root, *self.archives) for c in variants)
         return next(filter(is_finished, folders), None)
 
     def load(self, config: Config) -> Run | None:
@@ -62,7 +63,7 @@ class Store:
         "Copy the small files of a finished run into an archive"
         found = self.find(config)
         if found is None: raise ValueError(f"config: no finished run of {config.label!r} under {self.root}")
-        target = Path(archive)/config.hash
+        target = Path(archive)/found.name
         target.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             if (found/name).exists() and found != target: shutil.copyfile(found/name, target/name)

@@ -24,8 +24,8 @@ from .data import Dataset, load
 from .diversity import layer_asymmetry, measure
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP, weight_layers
 from .quotient import expand, quotient
-from .records import (Run, check_folder, is_finished, provenance, read_checkpoint, weights_digest, write_atomic, write_json,
-                              write_lines)
+from .records import (Run, append_line, check_folder, is_finished, provenance, read_checkpoint, weights_digest, write_atomic,
+                              write_json, write_lines)
 
 _all_ = ["Config", "Run"]
 
@@ -40,12 +40,12 @@ def build(config: Config, data: Dataset) -> nn.Module: # on the CPU, in float32 
         model = LeakyNet(config.init, config.depth, in_channels=data.in_channels, slope=config.slope,
                          dropout=config.dropout, **shared)
     else:
-        model = UniqueFeatureMLP(data.in_channels * data.size ** 2, distinct=config.distinct, **shared)
+        model = UniqueFeatureMLP(data.train_images[0].numel(), distinct=config.distinct, **shared)
     return model.double() if config.precision == "float64" else model
 
 # %% ../nbs/07_train.ipynb #9f1542e2
 PROBE_IMAGES = 64  # test images on which features are measured
-STREAMS = {"noise": 1 << 32, "weights": 2 << 32, "data": 3 << 32}  # added to the seed, so that no two generators draw the same bits
+STREAMS = {"data": 0, "init": 1 << 28, "noise": 2 << 28, "weights": 3 << 28}  # added to the seed, within the 32 bits that a CPU generator looks at
 
 class Trainer:
     "The state of one run and the loop over one epoch"
@@ -55,7 +55,7 @@ class Trainer:
         self.first_step: dict[str, Tensor] | None = None  # the weights after the first step, until their digest is taken
         self.layers: list[str] = []  # names of what is measured
         self.blocks: list[str] = []
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + STREAMS["init"])
         self.noise = torch.Generator(device).manual_seed(config.seed + STREAMS["noise"])
         model = build(config, data)
         if config.weight_noise: perturb_(model, config.weight_noise, torch.Generator().manual_seed(config.seed + STREAMS["weights"]))
@@ -173,7 +173,7 @@ def train(config: Config, # what to train
         check_folder(folder, config)
         if is_finished(folder): return Run.load(folder)
     if data is None: data = load(config.data, train_size=config.train_size, test_size=config.test_size)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), \
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
          numerics(deterministic=config.deterministic, tf32=config.precision == "tf32", benchmark=False) as switches:
         trainer = Trainer(config, data, device)
         record = dict(config=asdict(config), hash=config.hash, data=data.label, data_digest=data.digest, switches=switches,
@@ -252,8 +252,7 @@ class _Loop:
         if accuracies: row["best_test_accuracy"] = max(accuracies)
         row = _without_nan(row)
         self.metrics.append(row)
-        if self.folder is not None:
-            with (self.folder/"metrics.jsonl").open("a") as f: f.write(json.dumps(row) + "\n")
+        if self.folder is not None: append_line(self.folder/"metrics.jsonl", row)
         if self.report is not None: self.report(row["epoch"], row)
 
     def _wall(self) -> float: return self.wall_s + time.perf_counter() - self.started
@@ -263,7 +262,8 @@ class _Loop:
 
     def _save(self) -> None:
         if self.folder is None: return
-        write_atomic(self.folder/"checkpoint.pt", lambda f: torch.save(self._state(), f))
+        state = self._state()
+        write_atomic(self.folder/"checkpoint.pt", lambda f: torch.save(state, f))
         self.saved = time.perf_counter()
 
     def _finish(self, status: str) -> Run:

@@ -69,13 +69,32 @@ def test_budget_pauses_and_the_next_call_goes_on(tmp_path):
     assert [run.config for run in runs] == configs
 
 
+def test_a_budget_pauses_runs_that_are_under_way(tmp_path):
+    store, config = Store(tmp_path), replace(TINY, epochs=10_000)
+    done = []
+    for _ in range(2):
+        assert execute([config], store, workers=1, budget_s=8) == []
+        assert visible(store.folder(config)) == ["checkpoint.pt", "config.json", "metrics.jsonl", "record.json"]
+        done.append(store.epochs_done(config))
+    assert 0 < done[0] < done[1] < config.epochs  # the second call went on
+
+
+def test_auto_accepts_a_run_of_any_device(tmp_path):
+    store, config = Store(tmp_path), replace(TINY, epochs=1)
+    store.train(replace(config, device="cpu"))
+    assert store.load(config).config == replace(config, device="cpu")
+    assert store.find(replace(config, device="cuda")) is None
+    kept = store.archive(config, tmp_path / "results")
+    assert Store(tmp_path / "elsewhere", (tmp_path / "results",)).find(config) == kept
+
+
 def test_workers_run_under_the_instruction_set_that_is_asked_for(tmp_path):
     config = replace(TINY, onednn_isa="AVX2", epochs=1)
     assert execute([config], Store(tmp_path))[0].record["config"]["onednn_isa"] == "AVX2"
 
 
 def test_an_error_in_a_worker_reaches_the_caller(tmp_path):
-    with pytest.raises(ValueError, match="in_channels|data|source"):
+    with pytest.raises(ValueError, match="source: unknown 'nowhere'; allowed: digits"):
         execute([replace(TINY, data="nowhere")], Store(tmp_path))
 
 
