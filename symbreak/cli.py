@@ -148,7 +148,7 @@ def find_notebook(name: str) -> Path:
 def figure_key(name: str, notebook: Path, table, options: Reproduce) -> str:
     "Changes when anything that a figure is made of changes: the notebook, the library, the options, the data"
     from symbreak.experiments import EXPERIMENTS, everywhere, source_digest
-    tables = [table] + [everywhere(name, options.device, options.data)] * EXPERIMENTS[name].gathers
+    tables = [table, everywhere(name, options.device, options.data)] if EXPERIMENTS[name].gathers else [table]
     parts = (source_digest(), options.profile, options.device, str(options.data), *(json.dumps(t.attrs) + t.to_csv(index=False) for t in tables))
     return hashlib.sha256(notebook.read_bytes() + "\n".join(parts).encode()).hexdigest()
 
