@@ -132,7 +132,7 @@ def gallery(root: Path = ROOT) -> str:
         title, subtitle = headline(read(path))
         name = path.stem.partition("_")[0]
         mine = {profile: page for profile in ("", *PROFILES) if (page := pages.get(f"{name}-{profile}".strip("-")))}
-        parts.append(f"## {name}: {title}\n\n{subtitle[:1].upper()}{subtitle[1:]}.\n")
+        parts.append(f"## {name}: {title}\n\n{subtitle[:1].upper()}{subtitle[1:].rstrip('.')}{'' if subtitle.endswith('?') else '.'}\n")
         for profile in PROFILES:
             if (root / "figures" / profile / f"{name}.png").exists():
                 page = mine.get(profile, next(iter(mine.values())))
