@@ -137,7 +137,7 @@ class Experiment:
     curves: Callable[[Profile], dict[str, Config]] | None = None  # runs, if it is made of runs
     rows: Callable[[Run], pd.DataFrame] = _history  # what to keep of each run
     measure: Callable[[Profile, torch.device], tuple[pd.DataFrame, str]] | None = None  # or a measurement without training, and its data
-    seeds: int | None = None  # runs per curve; None: as the profile says
+    more_seeds: int = 0  # runs per curve beyond those of the profile, at quick, where they are cheap
     gathers: bool = False  # its notebook also shows what other profiles and data sets have
 
 # %% ../nbs/11_experiments.ipynb #ab35a89a
@@ -211,7 +211,7 @@ def _quotient(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str
 
 # %% ../nbs/11_experiments.ipynb #24224290
 EXPERIMENTS = {
-    "fig01": Experiment("Fewer distinct features, lower accuracy; a little noise repairs it", _toy, _toy_rows, seeds=5),
+    "fig01": Experiment("Fewer distinct features, lower accuracy; a little noise repairs it", _toy, _toy_rows, more_seeds=2),
     "fig02": Experiment("ConstNet and LeakyNet are almost all zeros and constants, and hand one feature through", measure=_architecture),
     "fig03": Experiment("Signals at initialisation do not depend on depth", measure=_propagation),
     "fig04": Experiment("Identical features train once something breaks the symmetry", _breakers),
@@ -239,7 +239,7 @@ def plan(name: str, # experiment
     if experiment.curves is None: return []
     return [(curve, replace(config, seed=seed, device=device if config.device == "auto" else config.device,
                         **({} if data is None else {"data": data})))
-            for seed in range(experiment.seeds or scale.seeds) for curve, config in experiment.curves(scale).items()]
+            for seed in range(scale.seeds + (experiment.more_seeds if profile == "quick" else 0)) for curve, config in experiment.curves(scale).items()]
 
 # %% ../nbs/11_experiments.ipynb #feda1da8
 SHOWING = ("claims", "cli", "plots", "report", "_modidx")  # modules that show numbers but make none
