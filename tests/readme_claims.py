@@ -76,7 +76,7 @@ def headlines(read=lying) -> str:
 
 def all_claims(read=lying) -> str:
     """The page with every claim at every profile."""
-    parts = ["# All claims\n\nA claim is *reproduced* if the mean over seeds lies in a band that was fixed beforehand. Made by `python tests/readme_claims.py` "
+    parts = ["# All claims\n\nA claim is *reproduced* if the mean over seeds lies in the band beside it. Made by `python tests/readme_claims.py` "
              "from the data beside the figures.\n"]
     for profile, table in judged(read).items():
         rows = [[r.figure, r.statement, r.band, r.measured or "-", str(r.seeds), verdict(r)] for r in table.itertuples()]
