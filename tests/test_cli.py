@@ -121,7 +121,7 @@ def test_list_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
     code, printed = run(capsys, "list")
     assert code == 0 and "fig04" in printed.out and f"0/{len(plan('fig04'))}" in printed.out
-    code, printed = run(capsys, "report", "--strict", "--out", tmp_path / "report")
+    code, printed = run(capsys, "report", "--profile", "quick", "--strict", "--out", tmp_path / "report")
     assert code == 0 and "not tested" in printed.out  # untested is not failed
 
 
