@@ -74,6 +74,8 @@ class Config:
     "on every parameter"
     schedule: Literal["scaled", "released", "constant"] = "scaled"
     "lr times 0.2 at 30, 60, 80 % of the epochs; released: 140, 80 and 40 epochs before the end"
+    warmup: int = 0
+    "epochs at the start in which the learning rate rises linearly, step by step, to its full size"
 
     device: str = "auto"
     "auto, cpu, cuda or cuda:N"
@@ -130,7 +132,7 @@ class Config:
 
 # %% ../nbs/06a_config.ipynb #3a74b54e
 _MINIMUM = dict(train_size=1, test_size=1, depth=1, width=1, distinct=1, weight_noise=0, gradient_ulps=0, ulp_step=0, reduction_chunks=1,
-                input_noise=0, epochs=0, batch_size=1, lr=0, momentum=0, weight_decay=0, measure_every=1, measure_steps=0, dropout=0)
+                input_noise=0, epochs=0, warmup=0, batch_size=1, lr=0, momentum=0, weight_decay=0, measure_every=1, measure_steps=0, dropout=0)
 
 def _check_field(name: str, value, hint) -> None:
     "Raise ValueError unless `value` fits the annotation and range of the field"
@@ -148,12 +150,16 @@ _HINTS = get_type_hints(Config)
 _FLOATS = [name for name, hint in _HINTS.items() if hint is float]
 
 # %% ../nbs/06a_config.ipynb #a3d38677
-def learning_rate(config: Config, epoch: int) -> float:
-    "Learning rate of an epoch (counted from 0)"
+def learning_rate(config: Config, epoch: int, # counted from 0
+                  part: float = 1., # of that epoch, with the step at hand, 0..1; matters in the warm-up only
+) -> float:
+    "Learning rate of the step that completes `part` of an epoch"
     milestones = {"scaled": [max(1, round(share * config.epochs)) for share in (0.3, 0.6, 0.8)],
                   "released": [config.epochs - left for left in (140, 80, 40)],
                   "constant": []}[config.schedule]
-    return config.lr * 0.2 ** sum(epoch >= m for m in milestones)
+    warm = min(1., (epoch + part) / config.warmup) if config.warmup else 1.
+    return config.lr * warm * 0.2 ** sum(epoch >= m for m in milestones)
+
 
 # %% ../nbs/06a_config.ipynb #12f88523
 def resolve_device(device: str = "auto") -> torch.device:

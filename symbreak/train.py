@@ -92,10 +92,10 @@ class Trainer:
     def run_epoch(self) -> dict:
         "One pass over the training images; returns mean loss and accuracy (the only wait for the device)"
         config, model = self.config, self.model
-        for group in self.optimizer.param_groups: group["lr"] = learning_rate(config, self.epoch)
         model.train()
         loss_sum, correct = torch.zeros((), device=self.device, dtype=torch.float64), torch.zeros((), device=self.device, dtype=torch.int64)
-        for x, y in self.train_data:
+        for i, (x, y) in enumerate(self.train_data, 1):
+            for group in self.optimizer.param_groups: group["lr"] = learning_rate(config, self.epoch, i / len(self.train_data))
             if config.input_noise: x = input_noise(x, config.input_noise, self.noise)
             with self.autocast(): logits = self.forward(x)
             loss = F.cross_entropy(logits.float() if config.precision == "bf16" else logits, y)
