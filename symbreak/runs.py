@@ -9,6 +9,7 @@ __all__ = ['KEPT', 'home', 'Store', 'default_store', 'default_workers', 'execute
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -76,8 +77,14 @@ def default_store() -> Store:
     return Store(Path(os.environ.get("SYMBREAK_RUNS") or home()/"runs"), tuple(archives))
 
 # %% ../nbs/08_runs.ipynb #5ad2f2e6
+def _end_with_parent() -> None:
+    "However the parent ends, a worker does not go on alone, unseen; checkpoints are whole"
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
 def _start_worker(isa: str) -> None:
     "One thread, and the instruction set that the runs ask for, before oneDNN looks"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = isa
 
@@ -118,11 +125,11 @@ def _train_in_parallel(configs: list[Config], store: Store, workers: int, deadli
     "Fresh processes, a pool for each instruction set, the longest runs first; the first error stops the rest"
     pools = {isa: ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(isa,))
              for isa in dict.fromkeys(c.onednn_isa for c in configs)}
-    queue, pending = sorted(configs, key=lambda c: c.epochs * c.depth), set()
+    queue, pending = sorted(configs, key=lambda c: c.epochs * c.depth, reverse=True), set()
     try:
         while queue or pending:
             while queue and len(pending) < workers:
-                config = queue.pop()
+                config = queue.pop(0)
                 pending.add(pools[config.onednn_isa].submit(_train_in_process, store, config, deadline))
             done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done: future.result()

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from filelock import FileLock
 
 from symbreak.config import Config
 from symbreak.records import Run, read_lines
@@ -60,6 +61,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     straight = train(config)
     assert resumed.metrics == straight.metrics
     assert resumed.record["digests"] == straight.record["digests"]
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    config = replace(TINY, epochs=100_000)
+    process = start(tmp_path, config)
+    folder, deadline = Store(tmp_path).folder(config), time.time() + 60
+    while not (folder / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert (folder / "checkpoint.pt").exists(), "killed too early to say anything"
+    with FileLock(folder / ".lock").acquire(timeout=20):  # a worker holds it while it trains
+        pass
 
 
 def test_budget_pauses_and_the_next_call_goes_on(tmp_path):
