@@ -29,6 +29,7 @@ class Claim:
     unit: str = ""  # "%" shows the numbers times 100
     profiles: tuple[str, ...] = ("quick", "cifar", "paper")  # where it is meant to hold
     headline: bool = False  # one of the few that stand for the rest
+    curves: tuple[str, ...] = ()  # the curves it looks at: it is judged once they are complete, whatever else is missing; empty: all
 
     @property
     def band(self) -> str:
@@ -42,7 +43,9 @@ def _number(value: float, unit: str) -> str: return f"{100 * value:.1f} %" if un
 
 def judge(claim: Claim, table: pd.DataFrame) -> dict: # a row of the claims table
     "Measure a claim and compare it with its band"
-    values = claim.measure(table) if len(table) and not table.attrs.get("missing") else pd.Series(dtype=float)
+    incomplete = set(table.attrs.get("incomplete", ()))
+    ready = len(table) and (not table.attrs.get("missing") or (claim.curves and not incomplete & set(claim.curves)))
+    values = claim.measure(table) if ready else pd.Series(dtype=float)
     wanted = 1 if table.attrs.get("provenance", {}).get("profile") == "paper" else 3
     row = dict(figure=claim.figure, statement=claim.statement, band=claim.band, measured="", seeds=len(values), verdict=NOT_TESTED)
     if len(values) < wanted: return row
@@ -109,6 +112,12 @@ def _width_gap(table: pd.DataFrame, curve: str, last_layer: bool = False) -> pd.
     ours, twin = (last[last.curve == c].set_index(["seed", "layer"]).value for c in (curve, "He init"))
     return np.exp(np.log(ours / twin).abs().groupby("seed").mean()).reindex(sorted(table.seed.unique()))
 
+def _survival(table: pd.DataFrame, start: str, rate: float) -> pd.Series:
+    "1 for a seed that survives its first steps from that start, 0 for one that dies, by seed"
+    rows = table[table.curve.str.endswith(f", {start}, lr {rate:g}")]
+    first = rows[rows.curve == rows.curve.iloc[0]]  # the profile's own width comes first
+    return first.set_index("seed").survives.astype(float)
+
 def _cost_ratio(table: pd.DataFrame, network: str) -> pd.Series:
     "Cost of a step at the largest width over that at width 2 (width 1 has a skip less), from the medians of three groups of repeats"
     part = table[(table.part == "cost") & (table.network == network) & (table.width >= 2)]
@@ -135,12 +144,15 @@ def _breaker_claims() -> list[Claim]:
 def _hardware_claims() -> list[Claim]:
     "fig04 at the paper's scale, where the hardware is the source of noise"
     ours = ("paper",)
-    return [Claim("fig04", "ConstNet-16-10, He init: as accurate as Wide-ResNets are", lambda t: _last(t, "He init"), low=0.93, unit="%", profiles=ours),
-            Claim("fig04", "hardware noise breaks the symmetry (asymmetry at the end)", lambda t: _last(t, "hardware noise", "asymmetry"), low=0.1, profiles=ours),
-            *(Claim("fig04", f"gap to the He twin: {curve}", lambda t, c=curve: _gap(t, c), low=-0.01, high=0.01, unit="%", profiles=ours, headline=True)
+    return [Claim("fig04", "ConstNet-16-10, He init: as accurate as Wide-ResNets are", lambda t: _last(t, "He init"), low=0.93, unit="%", profiles=ours,
+                  curves=("He init",)),
+            Claim("fig04", "hardware noise breaks the symmetry (asymmetry at the end)", lambda t: _last(t, "hardware noise", "asymmetry"), low=0.1, profiles=ours,
+                  curves=("hardware noise",)),
+            *(Claim("fig04", f"gap to the He twin: {curve}", lambda t, c=curve: _gap(t, c), low=-0.01, high=0.01, unit="%", profiles=ours, headline=True,
+                    curves=("He init", curve))
               for curve in ("hardware noise", "hardware noise + dropout")),
             Claim("fig04", "deterministic arithmetic keeps one distinct feature per layer to the last step", lambda t: _last(t, "deterministic", "distinct_features"),
-                  low=1, high=1, profiles=ours, headline=True)]
+                  low=1, high=1, profiles=ours, headline=True, curves=("deterministic",))]
 
 def _table_claims() -> list[Claim]:
     "tab01: one point is the paper's scale; smaller test sets and nets cannot tell less than two apart (360 digits: 1 % each way, 3 seeds)"
@@ -157,6 +169,16 @@ def _skip_claims() -> list[Claim]:
             Claim("abl01", "epoch at which one-ulp noise has broken the symmetry: rectified over linear skips",
                   lambda t: _break_epoch(t, "one-ulp gradient noise, rectified") / _break_epoch(t, "one-ulp gradient noise, linear"),
                   low=2 / 3, high=1.5, profiles=("quick",))]  # elsewhere it breaks between two measurements
+
+def _survival_claims() -> list[Claim]:
+    "abl02: the settings of each profile, and at the paper's scale also those of the released code"
+    def alive(statement, start, profiles, **more):
+        return [Claim("abl02", f"{statement}: share of seeds that survive their first steps", lambda t, r=PROFILES[p].base.lr: _survival(t, start, r), low=1, unit="%",
+                      profiles=(p,), **more) for p in profiles]
+    return [*alive("unbroken ConstNet, learning rate of the profile", "linear skips", ("quick", "cifar")),
+            *alive("unbroken ConstNet, learning rate of the profile", "linear skips, warm-up", ("paper",)),
+            *alive("unbroken ConstNet-16-10, recipe without warm-up, linear skips", "linear skips", ("paper",), headline=True),
+            *alive("unbroken ConstNet-16-10, recipe without warm-up, rectified skips (as released)", "rectified skips", ("paper",), headline=True)]
 
 def _width_claims() -> list[Claim]:
     "fig08: within a factor of 1.25, that is a quarter, is called similar"
@@ -180,9 +202,10 @@ CLAIMS: list[Claim] = [
     Claim("fig04", "ConstNet, He init: trains", lambda t: _last(t, "He init"), low=0.95, unit="%", profiles=("quick",)),
     *_breaker_claims(),
     *_hardware_claims(),
-    Claim("fig04", "exact control (never broken): stays near one-feature accuracy", lambda t: _last(t, "exact control"), high=0.4, unit="%", headline=True),
+    Claim("fig04", "exact control (never broken): stays near one-feature accuracy", lambda t: _last(t, "exact control"), high=0.4, unit="%", headline=True,
+          curves=("exact control",)),
     Claim("fig04", "exact control: distinct features per layer at the last step (one by construction)",
-          lambda t: _last(t, "exact control", "distinct_features"), low=1, high=1),
+          lambda t: _last(t, "exact control", "distinct_features"), low=1, high=1, curves=("exact control",)),
     Claim("fig05", "forward correlation before training, identical features (constant weights count as 1)",
           lambda t: _layer_mean(t, "dropout 1 %", "forward", first=True), low=1, high=1),
     Claim("fig05", "forward correlation of block convolutions decays from 1 (end, dropout 1 %)", lambda t: _layer_mean(t, "dropout 1 %", "forward"), high=0.5),
@@ -205,6 +228,7 @@ CLAIMS: list[Claim] = [
           lambda t: t[t.part == "equality"].groupby("seed").relative_difference.max(), high=1e-10, headline=True),
     *_table_claims(),
     *_skip_claims(),
+    *_survival_claims(),
     Claim("tab01", "what identical features come to unbroken: accuracy of the He twin minus that of the exact control", lambda t: _gap(t, "exact control"),
           low=0.2, unit="%"),
     Claim("fig11", "quotient: a step at width 10 costs as much as at width 2 (ratio, 3 groups of repeats)", lambda t: _cost_ratio(t, "quotient"), high=1.5),

@@ -227,7 +227,7 @@ def _quotient_cost(images, labels, repeats: int = 9) -> pd.DataFrame:
 
 def _quotient(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str]:
     "fig11: the quotient follows the wide network at a cost that does not depend on width"
-    data = load("digits").to(device)
+    data = load(profile.base.data, train_size=1280).to(device)
     images = data.train_images.double() / 255
     equality = [_quotient_equality(images, data.train_labels, seed) for seed in range(profile.seeds)]
     return pd.concat([*equality, _quotient_cost(images.float(), data.train_labels)], ignore_index=True), data.label
@@ -245,7 +245,7 @@ EXPERIMENTS = {
     "fig11": Experiment("An unbroken network is a one-channel network", measure=_quotient),
     "tab01": Experiment("Last-epoch accuracy of identical features and their diverse twin", _breakers, _table_row, gathers=True),
     "abl01": Experiment("Whether 1x1 skips are linear or rectified does not matter", _skips),
-    "abl02": Experiment("A network whose features are identical can die in its first steps", _survival, _survivors, seeds={"paper": 8}),
+    "abl02": Experiment("A network whose features are identical can die in its first steps", _survival, _survivors, seeds={"paper": 5}),
 }
 
 def _choose(kind: str, name: str, allowed) -> str:
@@ -296,8 +296,8 @@ def _run_table(name: str, profile: str, planned: list, runs: dict[Config, Run]) 
               for curve, config in planned if config in runs]
     _check_images(list(runs.values()))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["curve", "seed", "status"])
-    table.attrs.update(experiment=name, provenance=_provenance_of(list(runs.values()), profile),
-                       missing=sum(config not in runs for _, config in planned))
+    missing = [curve for curve, config in planned if config not in runs]
+    table.attrs.update(experiment=name, provenance=_provenance_of(list(runs.values()), profile), missing=len(missing), incomplete=sorted(set(missing)))
     return table
 
 def _measured_name(name: str, profile: str, device: str, data: str | None) -> str: # "*" for the device stands for any
@@ -345,7 +345,7 @@ def collect(name: str, # experiment, such as "fig04"
             device: str = "auto", # as in reproduce
             data: str | None = None, # as in reproduce
             store: Store | None = None, # where runs live; None: default_store()
-) -> pd.DataFrame: # as reproduce returns; attrs["missing"] counts what is not there
+) -> pd.DataFrame: # as reproduce returns; attrs: missing counts what is not there, incomplete names its curves
     "The tidy data of what is finished; nothing is trained or measured"
     store = store or default_store()
     planned = plan(name, profile, device, data)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'RC', 'LABELS', 'style', 'figure', 'spread', 'lines', 'legend_right', 'log_ticks', 'toy',
            'propagation', 'accuracy', 'asymmetry', 'by_layer', 'correlation', 'effective_width', 'width_ratio',
-           'strings', 'travel', 'skips', 'accuracy_table', 'markdown', 'error_dots', 'quotient_equality',
+           'strings', 'travel', 'skips', 'survival', 'accuracy_table', 'markdown', 'error_dots', 'quotient_equality',
            'quotient_cost', 'small_print', 'save', 'save_text']
 
 # %% ../nbs/12_plots.ipynb #e1e5b34c
@@ -220,6 +220,25 @@ def skips(table: pd.DataFrame, # histories with curve "source, skip"
     axes[1][0].set_ylabel("asymmetry of the weights\n(0 is drawn at 1e-09)")
     legend_right(above)
     return axes
+
+# %% ../nbs/12_plots.ipynb #48f8d2f1
+def survival(table: pd.DataFrame, # one row per run: curve "start, lr RATE", seed, survives
+             ax: Axes, # drawn on
+) -> Axes: # the same axes
+    "abl02: how many seeds survive the first steps, a row for each start and a column for each learning rate"
+    parts = table.curve.str.rsplit(", lr ", n=1)
+    runs = table.assign(start=parts.str[0], rate=parts.str[1])
+    cells = runs.pivot_table(index="start", columns="rate", values="survives", aggfunc=["sum", "count"], sort=False)
+    alive, seeds = cells["sum"].astype(int), cells["count"]
+    ax.imshow(alive / seeds, cmap="cividis", vmin=0, vmax=1, alpha=0.8, aspect="auto")
+    for i, j in ((i, j) for i in range(len(alive)) for j in range(alive.shape[1])):
+        ax.text(j, i, f"{alive.iloc[i, j]} of {seeds.iloc[i, j]}", ha="center", va="center", color="black" if alive.iloc[i, j] > seeds.iloc[i, j] / 2 else "white")
+    ax.set_xticks(range(alive.shape[1]), alive.columns)
+    ax.set_yticks(range(len(alive)), alive.index)
+    ax.grid(False)
+    ax.set(xlabel="learning rate", title="seeds that survive the first steps")
+    return ax
+
 
 # %% ../nbs/12_plots.ipynb #38a7ac12
 def accuracy_table(table: pd.DataFrame, # last epochs: columns profile, data, curve, seed, epoch, test_accuracy, best_test_accuracy
