@@ -136,7 +136,8 @@ def gallery(root: Path = ROOT) -> str:
         for profile in PROFILES:
             if (root / "figures" / profile / f"{name}.png").exists():
                 page = mine.get(profile, next(iter(mine.values())))
-                parts.append(f"Profile `{profile}`, [the notebook]({page}):\n\n[![{title}: {subtitle} ({profile})](figures/{profile}/{name}.png)]({page})\n")
+                which = "the notebook" if profile in mine else "the notebook (its outputs are those of another profile)"
+                parts.append(f"Profile `{profile}`, [{which}]({page}):\n\n[![{title}: {subtitle} ({profile})](figures/{profile}/{name}.png)]({page})\n")
     return "\n".join(parts)
 
 

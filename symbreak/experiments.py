@@ -94,12 +94,19 @@ STARTS = {"linear skips": {}, "rectified skips": dict(skip="rectified"), "linear
 WIDTHS = (1, 4, 10)
 
 def _survival(profile: Profile) -> dict[str, Config]:
-    "abl02: the first 200 steps of an unbroken ConstNet, by learning rate; at the profile's width from several starts, and from the first start at several widths"
-    size = dict(epochs=7) if profile.name == "quick" else dict(epochs=2, train_size=100 * profile.base.batch_size, test_size=1000)
+    "abl02: the first 150 to 200 steps of an unbroken ConstNet, by learning rate; at the profile's width from several starts, and from the first start at several widths"
+    size = dict(epochs=5) if profile.name == "quick" else dict(epochs=2, train_size=100 * profile.base.batch_size, test_size=1000)
     base = _control(replace(profile.base, warmup=0), schedule="constant", measure_every=size["epochs"], **size)
     rates = [round(factor * base.lr, 4) for factor in (1 / 3, 1, 3)]
     wanted = [(base.width, start) for start in STARTS] + [(width, "linear skips") for width in WIDTHS if width != base.width]
     return {f"width {width}, {start}, lr {lr:g}": replace(base, width=width, lr=lr, **STARTS[start]) for width, start in wanted for lr in rates}
+
+def _arithmetic(profile: Profile) -> dict[str, Config]:
+    "abl03: two epochs without emulated noise in every arithmetic, with the kernels that the device chooses and with deterministic ones"
+    base = replace(profile.base, epochs=2, schedule="constant", measure_every=1)
+    precisions = ("tf32", "float32", "bf16") if profile.name == "paper" else ("float32", "float64")
+    return {precision + (", deterministic" if deterministic else ""): replace(base, precision=precision, deterministic=deterministic)
+            for precision in precisions for deterministic in (False, True)}
 
 STRINGS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii", "1_ii11_ii11_ii11", "1_1111_1111_1111")
 
@@ -125,7 +132,7 @@ def _toy(profile: Profile) -> dict[str, Config]:
     "fig01: accuracy against distinct features, without noise (exactly: as a quotient) and with"
     lr, epochs = (0.02, 40) if profile.name == "quick" else (0.004, 20)  # larger images make larger steps: 0.02 is unstable at 32x32
     base = replace(profile.base, net="UniqueFeatureMLP", depth=Config.depth, width=TOY_WIDTH, lr=lr, weight_decay=Config.weight_decay, epochs=epochs,
-                   warmup=0, measure_every=epochs, augment="none", channels_last=False)
+                   warmup=0, precision="float32", measure_every=epochs, augment="none", channels_last=False)
     powers = [2 ** k for k in range(TOY_WIDTH.bit_length())]
     return ({f"q={q}, no noise": replace(base, distinct=q, quotient=True) for q in powers}
             | {f"q={q}, noise 1 %": replace(base, distinct=q, weight_noise=0.01) for q in powers})
@@ -244,8 +251,9 @@ EXPERIMENTS = {
     "fig08": Experiment("Effective width: do layers that start identical come to use as many directions as their diverse twins?", _breakers, _widths),
     "fig11": Experiment("An unbroken network is a one-channel network", measure=_quotient),
     "tab01": Experiment("Last-epoch accuracy of identical features and their diverse twin", _breakers, _table_row, gathers=True),
-    "abl01": Experiment("Whether 1x1 skips are linear or rectified does not matter", _skips),
+    "abl01": Experiment("Linear or rectified 1x1 skips: symmetry breaks alike", _skips),
     "abl02": Experiment("A network whose features are identical can die in its first steps", _survival, _survivors, seeds={"paper": 5}),
+    "abl03": Experiment("What the arithmetic of the device does to identical features", _arithmetic),
 }
 
 def _choose(kind: str, name: str, allowed) -> str:
@@ -278,7 +286,8 @@ def source_digest(leave_out: tuple[str, ...] = ()) -> str:
 def _provenance_of(runs: list[Run], profile: str) -> dict:
     "What the runs of a table have in common, as sorted lists"
     def distinct(key): return sorted({str(run.record[key]) for run in runs})
-    return dict(profile=profile, data=distinct("data"), device=distinct("device_name"), torch=distinct("torch"), commit=distinct("commit"),
+    def images(run): return run.record["data"] + (f", {run.config.train_size:,} training images" if run.config.train_size else "")
+    return dict(profile=profile, data=sorted(set(map(images, runs))), device=distinct("device_name"), torch=distinct("torch"), commit=distinct("commit"),
                 seeds=sorted({run.config.seed for run in runs}))
 
 def _check_images(runs: list[Run]) -> None:
