@@ -12,6 +12,7 @@ __all__ = ['COLOURS', 'DASHES', 'CURVES', 'RC', 'LABELS', 'style', 'looks', 'fig
 import json
 import math
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,11 +24,11 @@ from matplotlib.figure import Figure
 from .records import write_atomic
 
 # %% ../nbs/12_plots.ipynb #4661be01
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00")  # Okabe & Ito, yellow darkened
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (7, 2)))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C00", "#8B4513")  # Okabe & Ito, yellow darkened, and a brown
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (7, 2)), (0, (2, 2)))
 CURVES = {"He init": 0, "dropout 1 %": 1, "one-ulp gradient noise": 2, "hardware noise": 2, "random reduction order": 3, "hardware noise + dropout": 3,
           "plain arithmetic": 4, "deterministic": 4, "plain arithmetic, AVX2, depth 10": 5, "exact control": 6,
-          "dropout 1 %, 3x as long": 7, "one-ulp noise, 2x as long": 5}  # the same place in both in all figures
+          "dropout 1 %, 3x as long": 7, "one-ulp noise, 2x as long": 8}  # a place in both, the same in all figures
 RC = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
       "legend.frameon": False, "svg.hashsalt": "symbreak", "figure.dpi": 110, "savefig.dpi": 160, "axes.titlesize": 11, "figure.constrained_layout.use": True}
 
@@ -37,10 +38,11 @@ def style():
     with plt.rc_context(RC): yield
 
 def looks(names: list[str]) -> list[tuple]: # (colour, dash) of each
-    "Curves that several figures show look the same in all of them; others take colours as they come"
-    places = [CURVES.get(name, i) for i, name in enumerate(names)]
-    if len(set(places)) < len(places): places = range(len(names))
-    return [(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i in places]
+    "Curves that several figures show look the same in all of them; others take what is left as they come"
+    taken = {CURVES[name] for name in names if name in CURVES}
+    left = cycle([i for i in range(len(COLOURS)) if i not in taken] or range(len(COLOURS)))
+    places = [CURVES[name] if name in CURVES else next(left) for name in names]
+    return [(COLOURS[i], DASHES[i]) for i in places]
 
 def figure(ncols: int = 1, nrows: int = 1, width: float = 7.2, height: float = 4.2, **kwargs) -> tuple[Figure, Axes]:
     "A new figure with axes, in inches"
@@ -124,9 +126,8 @@ def accuracy(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> A
     ax.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 101))
     return legend_right(ax)
 
-def asymmetry(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> Axes:
-    "fig04, below: asymmetry of the weights against epoch, on a log scale with exact zeros at its foot"
-    floor = 1e-9
+def asymmetry(table: pd.DataFrame, ax: Axes, order: list[str] | None = None, floor: float = 1e-9) -> Axes:
+    "fig04, below: asymmetry of the weights against epoch, on a log scale with exact zeros (and all below the floor) at its foot"
     lines(table.assign(asymmetry=table.asymmetry.clip(lower=floor)), ax, "epoch", "asymmetry", order=order)
     ax.set_yscale("log")
     ax.set(xlabel="epoch", ylabel=f"asymmetry of the weights\n(0 is drawn at {floor:g})", ylim=(floor / 2, 2))
@@ -316,7 +317,7 @@ def small_print(table: pd.DataFrame) -> str:
     "Profile, data, device, torch version, seeds and commit in one line"
     p = table.attrs["provenance"]
     seeds = f"seeds {p['seeds'][0]}-{p['seeds'][-1]}" if p["seeds"] else "no seeds"
-    parts = [f"profile {p['profile']}", *(", ".join(p[k]) for k in ("data", "device")), f"torch {', '.join(p['torch'])}", seeds,
+    parts = [f"profile {p['profile']}", *(", ".join(p.get(k, ())) for k in ("data", "images", "device")), f"torch {', '.join(p['torch'])}", seeds,
              f"commit {', '.join(p['commit'])}"]
     return " | ".join(part for part in parts if part)
 

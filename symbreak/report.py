@@ -232,7 +232,7 @@ BODY = """
 <h1>Networks whose features start identical: what reproduces</h1>
 <p>A reproduction of Blumenfeld, Gilboa &amp; Soudry, <a href="https://arxiv.org/abs/2007.01038"><cite>Beyond Signal Propagation: Is Feature Diversity
 Necessary in Deep Neural Network Initialization?</cite></a> (ICML 2020), by symbreak {{ version }}. A claim is <em>reproduced</em> if the mean over seeds of what
-was measured lies in the band beside it, <em>not reproduced</em> if it lies outside, and <em>not tested</em> if too few seeds are finished. Verdicts are
+was measured, mean give or take its standard error, lies in the band beside it, <em>not reproduced</em> if it does not, and <em>not tested</em> if too few seeds are finished. Verdicts are
 computed from the data; no number of the paper is quoted.</p>
 <p>{% for name in names %}<span class="verdict {{ name | replace(' ', '-') }}">{{ counts[name] }} {{ name }}</span> {% endfor %}</p>
 </header>

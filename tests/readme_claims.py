@@ -63,20 +63,21 @@ def verdict(row) -> str:
 def headlines(read=lying) -> str:
     """The few claims that stand for the rest, a column for each profile."""
     found = judged(read)
-    by_statement = {profile: {row.statement: row for row in table.itertuples()} for profile, table in found.items()}
+    by_claim = {profile: {(row.statement, row.band): row for row in table.itertuples()} for profile, table in found.items()}
     rows = []
-    for statement, claim in {c.statement: c for c in CLAIMS if c.headline}.items():
-        cells = [rows_of.get(statement) for rows_of in by_statement.values()]
-        if any(cells):
-            rows.append([claim.figure, statement, claim.band,
-                         *(f"{cell.measured}, {verdict(cell)}" if cell and cell.verdict != NOT_TESTED else NOT_TESTED for cell in cells)])
+    for (statement, band), claim in {(c.statement, c.band): c for c in CLAIMS if c.headline}.items():
+        meant = {profile for c in CLAIMS if (c.statement, c.band) == (statement, band) for profile in c.profiles}
+        cells = {profile: rows_of.get((statement, band)) for profile, rows_of in by_claim.items()}
+        if any(cells.values()):
+            rows.append([claim.figure, statement, band, *(f"{cell.measured}, {verdict(cell)}" if cell and cell.verdict != NOT_TESTED
+                                                          else NOT_TESTED if profile in meant else "" for profile, cell in cells.items())])
     sources = "".join(f"`{profile}`: {table.attrs['source']}.  \n" for profile, table in found.items())
     return markdown(rows, ["figure", "claim", "band", *(f"`{profile}`" for profile in found)]) + "\n" + sources
 
 
 def all_claims(read=lying) -> str:
     """The page with every claim at every profile."""
-    parts = ["# All claims\n\nA claim is *reproduced* if the mean over seeds lies in the band beside it. Made by `python tests/readme_claims.py` "
+    parts = ["# All claims\n\nA claim is *reproduced* if the mean over seeds, give or take its standard error, lies in the band beside it. Made by `python tests/readme_claims.py` "
              "from the data beside the figures.\n"]
     for profile, table in judged(read).items():
         rows = [[r.figure, r.statement, r.band, r.measured or "-", str(r.seeds), verdict(r)] for r in table.itertuples()]
