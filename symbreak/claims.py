@@ -182,13 +182,13 @@ def _survival_claims() -> list[Claim]:
     def alive(statement, start, profile, width=None, times=1, **more):
         base = PROFILES[profile].base
         curve = f"width {width or base.width}, {start}, lr {round(times * base.lr, 4):g}"
-        return Claim("abl02", f"unbroken ConstNet, {statement}: share of seeds that survive their first steps", lambda t: _survival(t, curve), unit="%", profiles=(profile,),
+        return Claim("abl02", f"unbroken {statement}: share of seeds that survive their first steps", lambda t: _survival(t, curve), unit="%", profiles=(profile,),
                      curves=(curve,), **more)
-    return [*(alive("settings of the profile", "linear skips", profile, low=1) for profile in ("quick", "cifar")),
+    return [*(alive("ConstNet, settings of the profile", "linear skips", profile, low=1) for profile in ("quick", "cifar")),
             alive("ConstNet-16-10, the recipe with a warm-up of 100 steps", "linear skips, warm-up", "paper", low=1, headline=True),
             alive("ConstNet-16-10, the recipe without warm-up, linear skips", "linear skips", "paper", low=1, headline=True),
             alive("ConstNet-16-10, the recipe without warm-up, rectified skips (as released)", "rectified skips", "paper", low=1, headline=True),
-            *(alive("width 10 at three times the learning rate of the profile", "linear skips", profile, width=10, times=3, high=0.5) for profile in PROFILES)]
+            *(alive("ConstNet of width 10 at three times the learning rate of the profile", "linear skips", profile, width=10, times=3, high=0.5) for profile in PROFILES)]
 
 def _arithmetic_claims() -> list[Claim]:
     "abl03: on a CPU nothing but the precision differs; on a GPU the kernels are the question"
