@@ -90,20 +90,24 @@ def _skips(profile: Profile) -> dict[str, Config]:
     breakers = _breakers(profile)
     return {f"{source}, {skip}": replace(breakers[source], skip=skip) for source in sources for skip in ("linear", "rectified")}
 
+def _few_images(profile: Profile) -> dict:
+    "Enough for an epoch of 100 steps; digits are few as they are"
+    return {} if profile.name == "quick" else dict(train_size=100 * profile.base.batch_size, test_size=1000)
+
 STARTS = {"linear skips": {}, "rectified skips": dict(skip="rectified"), "linear skips, warm-up": dict(warmup=1)}
 SURVIVAL_WIDTHS = (1, 4, 10)
 
 def _survival(profile: Profile) -> dict[str, Config]:
     "abl02: the first 150 to 200 steps of an unbroken ConstNet, by learning rate; at the profile's width from several starts, and from the first start at several widths"
-    size = dict(epochs=5) if profile.name == "quick" else dict(epochs=2, train_size=100 * profile.base.batch_size, test_size=1000)
-    base = _control(replace(profile.base, warmup=0), schedule="constant", measure_every=size["epochs"], **size)
+    epochs = 5 if profile.name == "quick" else 2
+    base = _control(replace(profile.base, warmup=0), schedule="constant", epochs=epochs, measure_every=epochs, **_few_images(profile))
     rates = [round(factor * base.lr, 4) for factor in (1 / 3, 1, 3)]
     wanted = [(base.width, start) for start in STARTS] + [(width, "linear skips") for width in SURVIVAL_WIDTHS if width != base.width]
     return {f"width {width}, {start}, lr {lr:g}": replace(base, width=width, lr=lr, **STARTS[start]) for width, start in wanted for lr in rates}
 
 def _arithmetic(profile: Profile) -> dict[str, Config]:
     "abl03: two epochs without emulated noise in every arithmetic, with the kernels that the device chooses and with deterministic ones"
-    base = replace(profile.base, epochs=2, schedule="constant", measure_every=1)
+    base = replace(profile.base, epochs=2, schedule="constant", measure_every=1, **({} if profile.name == "paper" else _few_images(profile)))
     precisions = ("tf32", "float32", "bf16") if profile.name == "paper" else ("float32", "float64")
     return {precision + (", deterministic" if deterministic else ""): replace(base, precision=precision, deterministic=deterministic)
             for precision in precisions for deterministic in (False, True)}
