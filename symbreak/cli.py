@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -99,7 +99,7 @@ class Reproduce:
     "exit with 1 if a claim is not reproduced"
 
     def __call__(self) -> int:
-        from symbreak.experiments import EXPERIMENTS, collect, plan, reproduce
+        from symbreak.experiments import EXPERIMENTS, plan
         from symbreak.runs import default_store, home
         if self.runs: os.environ["SYMBREAK_RUNS"] = str(self.runs.absolute())  # the notebooks' kernels inherit it
         store, out, names = default_store(), (self.out or home()/"figures")/self.profile, self.figures or tuple(EXPERIMENTS)
@@ -109,21 +109,41 @@ class Reproduce:
         notebooks = {name: find_notebook(name) for name in names}
         check_writable(store.root, "--runs")
         check_writable(out, "--out")
-        deadline, tables = None if self.budget_min is None else time.monotonic() + 60 * self.budget_min, {}
-        with Progress(store, len(names)) as progress, ThreadPoolExecutor(1) as background:  # a notebook executes while the next figure trains
-            executing = []
-            for name in names:
-                progress.start(name, planned[name])
-                if not planned[name]: wait(executing)  # a measurement may be of time, and wants the machine to itself
-                left_s = None if deadline is None else max(0., deadline - time.monotonic())
-                if left_s == 0. and not planned[name]: tables[name] = collect(name, self.profile, self.device, self.data, store)
-                else: tables[name] = reproduce(name, self.profile, self.device, self.data, store, self.workers, left_s, progress.tick)
-                if not tables[name].attrs["missing"]:
-                    executing.append(background.submit(make_figure, name, notebooks[name], tables[name], self, store, out, progress.say))
-                for figure in executing:
+        tables = self.measure_and_train(planned, store, lambda name, table, say: make_figure(name, notebooks[name], table, self, store, out, say))
+        return print_claims({name: tables[name] for name in names}, self.profile, self.strict)
+
+    def measure_and_train(self, planned: dict, store, make: Callable) -> dict: # tables by figure
+        "What a figure still needs when its data are there (`make`) is done beside the training of the next ones"
+        from symbreak.experiments import collect, reproduce
+        from symbreak.runs import execute, longest_first
+        deadline = None if self.budget_min is None else time.monotonic() + 60 * self.budget_min
+        measured, waiting = ([name for name in planned if bool(planned[name]) == has_runs] for has_runs in (False, True))
+        queue = [config for name in waiting for config in longest_first([config for _, config in planned[name]])]
+        tables, making = {}, []
+        with Progress(store, len(planned)) as progress, ThreadPoolExecutor(1) as background:
+            def left_s(): return None if deadline is None else max(0., deadline - time.monotonic())
+
+            def gather(name):
+                tables[name] = collect(name, self.profile, self.device, self.data, store)
+                if not tables[name].attrs["missing"]: making.append(background.submit(make, name, tables[name], progress.say))
+
+            def tick():
+                while waiting and all(store.find(config) for _, config in planned[waiting[0]]):
+                    gather(waiting.pop(0))
+                    if waiting: progress.start(waiting[0], planned[waiting[0]])
+                for figure in making:
                     if figure.done(): figure.result()  # a notebook that fails is said now
-            for figure in executing: figure.result()
-        return print_claims(tables, self.profile, self.strict)
+                progress.tick()
+
+            for name in measured:  # what is measured may be time, so nothing runs beside it
+                progress.start(name, [])
+                if left_s() != 0.: reproduce(name, self.profile, self.device, self.data, store)
+            for name in measured: gather(name)
+            if waiting: progress.start(waiting[0], planned[waiting[0]])
+            execute(queue, store, self.workers, left_s(), tick)  # one queue, so that no process waits for the last run of a figure
+            for name in waiting: gather(name)
+            for figure in making: figure.result()
+        return tables
 
 # %% ../nbs/14_cli.ipynb #81b0fb8a
 def check_writable(folder: Path, option: str) -> None:

@@ -31,7 +31,7 @@ from .nets import ConstNet, LeakyNet
 from .propagation import NETWORKS, propagate
 from .quotient import quotient
 from .records import Run, provenance, write_atomic
-from .runs import Store, default_store, execute
+from .runs import Store, default_store, execute, longest_first
 
 # %% ../nbs/11_experiments.ipynb #9499389f
 @dataclass(frozen=True)
@@ -341,9 +341,13 @@ def _take_measurement(name: str, profile: str, device: str, data: str | None, st
     "Measure, and keep it in the store"
     found, scale = resolve_device(device), PROFILES[profile]
     if data is not None: scale = replace(scale, base=replace(scale.base, data=data))
-    with torch.random.fork_rng(devices=[found] if found.type == "cuda" else []):
-        torch.manual_seed(0)
-        table, label = EXPERIMENTS[name].measure(scale, found)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as all runs: threads are part of the arithmetic, and of the time where other processes are busy
+    try:
+        with torch.random.fork_rng(devices=[found] if found.type == "cuda" else []):
+            torch.manual_seed(0)
+            table, label = EXPERIMENTS[name].measure(scale, found)
+    finally: torch.set_num_threads(threads)
     where = provenance(found)
     seeds = sorted(int(s) for s in table.seed.dropna().unique()) if "seed" in table else []
     came_from = dict(profile=profile, data=[label], images=[], device=[where["device_name"]], torch=[where["torch"]], commit=[where["commit"]], seeds=seeds)
@@ -400,7 +404,7 @@ def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
     "The tidy data behind a figure or table: train what is missing, read the rest"
     store = store or default_store()
     planned = plan(name, profile, device, data)
-    if planned: execute([config for _, config in planned], store, workers, budget_s, tick)
+    if planned: execute(longest_first([config for _, config in planned]), store, workers, budget_s, tick)
     elif _kept_measurement(name, profile, device, data, store) is None:
         try: _take_measurement(name, profile, device, data, store)
         except DataError:  # without the images, what was committed has to do
