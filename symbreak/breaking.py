@@ -8,6 +8,7 @@ __all__ = ['ALGORITHMS', 'WORKSPACE', 'GRANULARITIES', 'TILE', 'MAX_CHUNKS', 'sw
            'random_reduction_']
 
 # %% ../nbs/05_breaking.ipynb #4fee402d
+import math
 import os
 from contextlib import contextmanager
 from functools import lru_cache
@@ -111,6 +112,8 @@ def input_noise(x: Tensor, # (n, c, height, width) images, float
 
 # %% ../nbs/05_breaking.ipynb #c9dca658
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INFINITY = {dtype: torch.tensor(math.inf, dtype=dtype).view(_INTEGER[dtype.itemsize]).item()  # its bits; those of NaN are above, of all else below
+             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 @torch.no_grad()
 def ulp_noise_(parameters: Iterable[Tensor], # their `.grad` is changed in place
@@ -121,7 +124,8 @@ def ulp_noise_(parameters: Iterable[Tensor], # their `.grad` is changed in place
     if not isinstance(ulps, int) or ulps < 1: raise ValueError(f"ulps: {ulps!r}; allowed: a whole number >= 1")
     for grad in (p.grad for p in parameters if p.grad is not None):
         bits = grad.view(_INTEGER[grad.element_size()])
-        may_move = ((bits & torch.iinfo(bits.dtype).max) >= ulps) & grad.isfinite()  # never across zero
+        magnitude = bits & torch.iinfo(bits.dtype).max
+        may_move = (magnitude >= ulps) & (magnitude < _INFINITY[grad.dtype])  # never across zero
         move = torch.randint(-ulps, ulps + 1, bits.shape, generator=generator, dtype=bits.dtype, device=bits.device)
         bits += move * may_move
 
