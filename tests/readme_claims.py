@@ -1,4 +1,5 @@
-"""The claims in README.md (headlines) and figures/README.md (all), computed from the data in figures/. `python tests/readme_claims.py` writes both.
+"""The claims in README.md (headlines) and figures/README.md (all), computed from the data in figures/ and, of a figure that still lacks runs, from results/.
+`python tests/readme_claims.py` writes both.
 
 The test compares them with the *committed* data, since `make reproduce` puts this machine's own into the working tree.
 """
@@ -10,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from symbreak.claims import CLAIMS, NOT_REPRODUCED, NOT_TESTED, check
-from symbreak.experiments import EXPERIMENTS, PROFILES
+from symbreak.experiments import EXPERIMENTS, PROFILES, collect
+from symbreak.runs import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 README, ALL_CLAIMS = ROOT / "README.md", ROOT / "figures" / "README.md"
@@ -31,12 +33,18 @@ def lying(path: Path) -> str | None:
 
 
 def load(profile: str, name: str, read) -> pd.DataFrame | None:
-    """Tidy data as `plots.save` wrote it, with its provenance."""
+    """Tidy data as `plots.save` wrote it, with its provenance, or what is there of a figure that could not be drawn yet."""
     path = ROOT / "figures" / profile / f"{name}.csv"
-    if (text := read(path)) is None: return None
+    if (text := read(path)) is None: return archived(profile, name)
     table = pd.read_csv(io.StringIO(text))
     table.attrs.update(json.loads(read(path.with_suffix(".json"))))
     return table
+
+
+def archived(profile: str, name: str) -> pd.DataFrame | None:
+    """The committed runs of a figure."""
+    table = collect(name, profile, store=Store(ROOT / "no such folder", tuple(p for p in (ROOT / "results").iterdir() if p.is_dir())))
+    return table if len(table) else None
 
 
 def judged(read) -> dict[str, pd.DataFrame]:
