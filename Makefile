@@ -1,6 +1,7 @@
 # make reproduce   every figure and the table of claims at profile quick, in minutes on two CPU cores
 # make test        everything that guards the package
 # make docs        the documentation site, build/site/index.html
+# make look        the site and the report in headless Chromium, which must have nothing to complain of; pictures in build/shots
 # Each installs what it needs into .venv first.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 # One thread per process: several processes with one thread each beat one with several, and threads are part of the arithmetic.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce test check docs clean
+.PHONY: reproduce test check docs look clean
 
 reproduce: .venv/installed
 	$(BIN)/symbreak reproduce
@@ -26,6 +27,10 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
 	$(BIN)/python tests/check_links.py build/site
 	@echo Open build/site/index.html
+
+look: docs
+	$(BIN)/symbreak report
+	$(BIN)/python tests/look_in_browser.py build/site build/report
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

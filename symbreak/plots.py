@@ -73,6 +73,7 @@ def lines(table: pd.DataFrame, # tidy
         scale = 100 if percent else 1
         ax.plot(points[x], scale * points["mean"], color=colour, linestyle=dash, label=name, **line)
         ax.fill_between(points[x], scale * points.low, scale * points.high, color=colour, alpha=0.15, linewidth=0)
+    if x == "epoch": ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 def legend_right(ax: Axes, title: str | None = None) -> Axes:
