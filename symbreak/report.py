@@ -206,9 +206,8 @@ def picture(name: str, # experiment
             notebook: NotebookNode | None, # committed notebook
 ) -> Picture:
     "What there is of a figure"
-    title, subtitle = headline(notebook) if notebook else (EXPERIMENTS[name].title, name)
-    command, alt = f"symbreak reproduce {name} --profile {profile}", f"{title}: {subtitle}"
-    known = dict(profile=profile, command=command, missing=table.attrs["missing"], alt=alt, link=f"notebooks/{profile}-{name}.html" if notebook else "",
+    shows, command = headline(notebook)[1] if notebook else EXPERIMENTS[name].title, f"symbreak reproduce {name} --profile {profile}"
+    known = dict(profile=profile, command=command, missing=table.attrs["missing"], alt=f"{name} at profile {profile}: {shows}", link=f"notebooks/{profile}-{name}.html" if notebook else "",
                  executed=(folder/profile/f"{name}.ipynb").exists())
     png, facts = folder/profile/f"{name}.png", folder/profile/f"{name}.json"
     if not (png.exists() and facts.exists()): return Picture(**known)
@@ -232,7 +231,7 @@ BODY = """
 <h1>Networks whose features start identical: what reproduces</h1>
 <p>A reproduction of Blumenfeld, Gilboa &amp; Soudry, <a href="https://arxiv.org/abs/2007.01038"><cite>Beyond Signal Propagation: Is Feature Diversity
 Necessary in Deep Neural Network Initialization?</cite></a> (ICML 2020), by symbreak {{ version }}. A claim is <em>reproduced</em> if the mean over seeds of what
-was measured, mean give or take its standard error, lies in the band beside it, <em>not reproduced</em> if it does not, and <em>not tested</em> if too few seeds are finished. Verdicts are
+was measured, give or take its standard error, lies in the band beside it, <em>not reproduced</em> if it does not, and <em>not tested</em> if too few seeds are finished. Verdicts are
 computed from the data; no number of the paper is quoted.</p>
 <p>{% for name in names %}<span class="verdict {{ name | replace(' ', '-') }}">{{ counts[name] }} {{ name }}</span> {% endfor %}</p>
 </header>

@@ -76,7 +76,7 @@ def test_every_figure_has_alternative_text_and_provenance(results):
     pictures = re.findall(r"<img [^>]*>", html)
     assert len(pictures) == 1 and html.count("<figure>") == 1
     alt = unescape(re.search(r'alt="([^"]*)"', pictures[0])[1])
-    assert len(alt) > 30 and alt.startswith(report.headline(report.find_notebooks()["fig01"])[0])
+    assert alt == f"fig01 at profile quick: {report.headline(report.find_notebooks()['fig01'])[1]}" and len(alt) > 50
     assert "digits &lt;8x8&gt; | some device | torch 2 | seeds 0-2 | commit c0ffee" in html  # escaped
     assert 'href="notebooks/quick-fig01.html">Notebook with its results' in html
 
