@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
+from symbreak.experiments import EXPERIMENTS
 from symbreak.report import headline, mathml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,10 +67,16 @@ def notebooks(root: Path = ROOT) -> list[Notebook]:
     return [Notebook(path, f"argument/{path.stem}.md", re.sub(r"^\d+[a-z]?_", "", path.stem)) for path in paths]
 
 
+def figure_paths(root: Path = ROOT) -> list[Path]:
+    """The committed figure notebooks, in the order of the experiments."""
+    order = {name: place for place, name in enumerate(EXPERIMENTS)}
+    return sorted((root / "nbs" / "figures").glob("*.ipynb"), key=lambda path: (order.get(path.stem.partition("_")[0], len(order)), path.stem))
+
+
 def figure_notebooks(root: Path = ROOT) -> list[Notebook]:
     """The figure notebooks: as executed at each profile where there is one, as committed otherwise."""
     found = []
-    for path in sorted((root / "nbs" / "figures").glob("*.ipynb")):
+    for path in figure_paths(root):
         name = path.stem.partition("_")[0]
         executed = [(profile, root / "figures" / profile / f"{name}.ipynb") for profile in PROFILES]
         pages = [Notebook(p, f"figures/{name}-{profile}.md", f"{name} ({profile})") for profile, p in executed if p.exists()]
@@ -128,7 +135,7 @@ def gallery(root: Path = ROOT) -> str:
     """Every figure that there is, at every profile, with a link to its notebook: as executed at that profile, or else as committed."""
     pages = {Path(n.page).stem: n.page for n in figure_notebooks(root)}
     parts = []
-    for path in sorted((root / "nbs" / "figures").glob("*.ipynb")):
+    for path in figure_paths(root):
         title, subtitle = headline(read(path))
         name = path.stem.partition("_")[0]
         mine = {profile: page for profile in ("", *PROFILES) if (page := pages.get(f"{name}-{profile}".strip("-")))}
@@ -137,7 +144,7 @@ def gallery(root: Path = ROOT) -> str:
             if (root / "figures" / profile / f"{name}.png").exists():
                 page = mine.get(profile, next(iter(mine.values())))
                 which = "the notebook" if profile in mine else "the notebook (its outputs are those of another profile)"
-                parts.append(f"Profile `{profile}`, [{which}]({page}):\n\n[![{title}: {subtitle} ({profile})](figures/{profile}/{name}.png)]({page})\n")
+                parts.append(f"Profile `{profile}`, [{which}]({page}):\n\n[![{name} at profile {profile}: {subtitle}](figures/{profile}/{name}.png)]({page})\n")
     return "\n".join(parts)
 
 
