@@ -1,7 +1,7 @@
 # make reproduce   every figure and the table of claims at profile quick, in minutes on two CPU cores
 # make test        everything that guards the package
 # make docs        the documentation site, build/site/index.html
-# make look        the site and the report in headless Chromium, which must have nothing to complain of; pictures in build/shots
+# make look        the site and the report in headless Chromium (apt install chromium), which must have nothing to complain of; pictures in build/shots
 # Each installs what it needs into .venv first.
 
 PYTHON ?= python3

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STARTS', 'SURVIVAL_WIDTHS', 'STRINGS', 'TOY_WIDTH', 'DRAWN', 'DEPTHS', 'MEASURED_SEEDS', 'COST_WIDTHS',
-           'EXPERIMENTS', 'SHOWING', 'DATA_SETS', 'Profile', 'Experiment', 'plan', 'source_digest', 'collect', 'join',
-           'everywhere', 'reproduce', 'archive']
+           'EXPERIMENTS', 'SHOWING', 'DATA_SETS', 'Profile', 'Experiment', 'plan', 'source_digest', 'is_measured',
+           'collect', 'join', 'everywhere', 'reproduce', 'archive']
 
 # %% ../nbs/11_experiments.ipynb #1b6efb04
 import hashlib
@@ -182,7 +182,7 @@ def _architecture(profile: Profile, device: torch.device) -> tuple[pd.DataFrame,
     return pd.concat([describe(make()).assign(network=name) for name, make in DRAWN.items()], ignore_index=True), ""
 
 DEPTHS = (10, 16, 22, 40, 70, 100)
-MEASURED_SEEDS = 3  # at all profiles: they take seconds
+MEASURED_SEEDS = 3  # at all profiles: they take seconds to minutes
 
 def _propagation(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str]:
     "fig03: signals at initialisation against depth; every seed has its own images"
@@ -331,6 +331,10 @@ def _kept_measurement(name: str, profile: str, device: str, data: str | None, st
     except (OSError, ValueError): return None  # not there, or damaged: it is measured again
     return _measured_table(name, kept) if kept.get("source") == source_digest(SHOWING) else None
 
+def is_measured(name: str, profile: str, device: str, data: str | None, store: Store) -> bool:
+    "Whether the store holds a measurement of this very library, which `reproduce` would not take again"
+    return _kept_measurement(name, profile, device, data, store) is not None
+
 def _archived_measurement(name: str, profile: str, device: str, data: str | None, store: Store) -> pd.DataFrame | None:
     "A measurement that was committed, of whatever version its provenance says"
     pattern = _measured_name(name, profile, "*" if device == "auto" else device, data)
@@ -399,7 +403,7 @@ def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
               store: Store | None = None, # where runs live; None: default_store()
               workers: int | None = None, # processes on a CPU; None: one per core
               budget_s: float | None = None, # pause cleanly after that many seconds
-              tick=None, # called about once a second while training
+              tick=None, # called about once a second while training, on a GPU after each epoch
 ) -> pd.DataFrame: # one row per observation; attrs: experiment, provenance, missing (runs not finished)
     "The tidy data behind a figure or table: train what is missing, read the rest"
     store = store or default_store()

@@ -105,7 +105,7 @@ def execute(configs: list[Config], # runs that are wanted, in the order in which
             store: Store, # where they live
             workers: int | None = None, # processes; None: as default_workers says
             budget_s: float | None = None, # seconds after which everything pauses; None: no limit
-            tick=None, # called about once a second while runs are under way, and once at the end
+            tick=None, # called about once a second while runs are under way (on a GPU after each epoch), and once at the end
 ) -> list[Run]: # the finished runs, in the order of `configs`; paused ones are missing
     "Train what is not finished yet"
     missing = [c for c in dict.fromkeys(configs) if store.find(c) is None]

@@ -42,13 +42,13 @@ def load(profile: str, name: str, read) -> pd.DataFrame | None:
 
 
 def archived(profile: str, name: str) -> pd.DataFrame | None:
-    """The committed runs of a figure."""
-    table = collect(name, profile, store=Store(ROOT / "no such folder", tuple(p for p in (ROOT / "results").iterdir() if p.is_dir())))
+    """The runs of a figure that lie in results/, all of which are committed."""
+    table = collect(name, profile, store=Store(ROOT / "no such folder", tuple(sorted(p for p in (ROOT / "results").iterdir() if p.is_dir()))))
     return table if len(table) else None
 
 
 def judged(read) -> dict[str, pd.DataFrame]:
-    """Profile -> its claims with verdicts, for the profiles that have figures; attrs say where the numbers come from."""
+    """Profile -> its claims with verdicts, for the profiles of which something is finished; attrs say where the numbers come from."""
     found = {}
     for profile in PROFILES:
         tables = {name: table for name in EXPERIMENTS if (table := load(profile, name, read)) is not None}
@@ -86,7 +86,7 @@ def headlines(read=lying) -> str:
 def all_claims(read=lying) -> str:
     """The page with every claim at every profile."""
     parts = ["# All claims\n\nA claim is *reproduced* if the mean over seeds, give or take its standard error, lies in the band beside it. Made by `python tests/readme_claims.py` "
-             "from the data beside the figures.\n"]
+             "from the data beside the figures and, for figures that still lack runs, from `results/`.\n"]
     for profile, table in judged(read).items():
         rows = [[r.figure, r.statement, r.band, r.measured or "-", str(r.seeds), verdict(r)] for r in table.itertuples()]
         parts.append(f"\n## Profile `{profile}`\n\n{PROFILES[profile].says[0].upper()}{PROFILES[profile].says[1:]}. Measured on: {table.attrs['source']}.\n\n"
