@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
@@ -185,9 +186,9 @@ DEPTHS = (10, 16, 22, 40, 70, 100)
 MEASURED_SEEDS = 3  # at all profiles: they take seconds to minutes
 
 def _propagation(profile: Profile, device: torch.device) -> tuple[pd.DataFrame, str]:
-    "fig03: signals at initialisation against depth; every seed has its own images"
+    "fig03: signals at initialisation against depth; every seed has its own images, where there are enough"
     data = load(profile.base.data).to(device)
-    batches = iter(data.loader("test", 32))
+    batches = cycle(data.loader("test", 32))
     with numerics(tf32=False):
         tables = [propagate(NETWORKS, DEPTHS, next(batches)[0], (seed,)) for seed in range(MEASURED_SEEDS)]
     return pd.concat(tables, ignore_index=True), data.label
