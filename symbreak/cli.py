@@ -218,7 +218,8 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     half = executed.with_name(f".half-{executed.name}")
     try: papermill.execute_notebook(str(notebook), str(half), parameters, kernel_name="python3", progress_bar=False, cwd=str(Path.cwd()),
-                                       config=Config(KernelManager={"transport": "ipc"}))  # no open ports, and no warning about them
+                                       config=Config(KernelManager={"transport": "ipc"},  # no open ports, and no warning about them
+                                                     NotebookClient={"shutdown_kernel": "immediate"}))  # no interrupt first, which kernels report
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
     except BaseException:  # such as a kernel that an interrupt has ended
