@@ -72,8 +72,8 @@ class Config:
     "SGD momentum, not Nesterov"
     weight_decay: float = 5e-4
     "on every parameter"
-    schedule: Literal["scaled", "released", "constant"] = "scaled"
-    "lr times 0.2 at 30, 60, 80 % of the epochs; released: 140, 80 and 40 epochs before the end"
+    schedule: Literal["scaled", "constnet", "released", "constant"] = "scaled"
+    "lr times 0.2 at 30, 60, 80 % of the epochs; constnet: at 53, 73, 87 %; released: 140, 80, 40 epochs before the end"
     warmup: int = 0
     "epochs at the start in which the learning rate rises linearly, step by step, to its full size"
 
@@ -154,12 +154,11 @@ def learning_rate(config: Config, epoch: int, # counted from 0
                   part: float = 1., # of that epoch, with the step at hand, 0..1; matters in the warm-up only
 ) -> float:
     "Learning rate of the step that completes `part` of an epoch"
-    milestones = {"scaled": [max(1, round(share * config.epochs)) for share in (0.3, 0.6, 0.8)],
-                  "released": [config.epochs - left for left in (140, 80, 40)],
-                  "constant": []}[config.schedule]
+    def at(*shares): return [max(1, round(share * config.epochs)) for share in shares]
+    milestones = {"scaled": at(0.3, 0.6, 0.8), "constnet": at(160 / 300, 220 / 300, 260 / 300),
+                  "released": [config.epochs - left for left in (140, 80, 40)], "constant": []}[config.schedule]
     warm = min(1., (epoch + part) / config.warmup) if config.warmup else 1.
     return config.lr * warm * 0.2 ** sum(epoch >= m for m in milestones)
-
 
 # %% ../nbs/06a_config.ipynb #12f88523
 def resolve_device(device: str = "auto") -> torch.device:
