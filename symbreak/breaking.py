@@ -228,3 +228,14 @@ def random_reduction_(model: nn.Module, # its convolutions (zero padding) are ch
         conv.__class__ = RandomReductionConv2d
         conv.chunks, conv.granularity, conv.generator = chunks, granularity, generator
     return model
+
+def breaker_names(c):
+    if c.quotient: return "none"
+    n=[]
+    if c.weight_noise: n.append("weight noise")
+    if c.dropout: n.append("dropout")
+    if c.input_noise: n.append("input noise")
+    if c.gradient_ulps: n.append("one-ulp gradient noise")
+    if c.reduction!="hardware": n.append("random reduction")
+    if c.ulp_layer: n.append("one ulp in one layer")
+    return " + ".join(n) or "arithmetic"

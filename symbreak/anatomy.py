@@ -1,0 +1,1 @@
+from .architecture import contents, describe
