@@ -6,14 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
-from symbreak import cli, experiments
+from symbreak import cli
 from symbreak.config import Config
-from symbreak.experiments import plan
-from symbreak.runs import Store
+from symbreak.experiments import Request, plan
 from symbreak.train import train
 
 SMALL = ["--depth", "7", "--width", "1", "--epochs", "2", "--train-size", "200", "--test-size", "100"]
@@ -122,63 +120,6 @@ def test_diverged_training_is_a_failure(capsys, tmp_path):
 def test_list_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
     code, printed = run(capsys, "list")
-    assert code == 0 and "fig04" in printed.out and f"0/{len(plan('fig04'))}" in printed.out
+    assert code == 0 and "fig04" in printed.out and f"0/{len(plan(Request('fig04')))}" in printed.out
     code, printed = run(capsys, "report", "--profile", "quick", "--strict", "--out", tmp_path / "report")
     assert code == 0 and "not tested" in printed.out  # untested is not failed
-
-
-def test_strict_fails_for_a_claim_that_is_not_reproduced(capsys, monkeypatch):
-    flat = pd.DataFrame([dict(seed=s, distinct_at_init=q, noise=n, test_accuracy=0.5) for s in range(3) for q in (1, 8) for n in (0, .01)])
-    flat.attrs["missing"] = 0
-    assert cli.print_claims({"fig01": flat}, "quick", strict=True) == 1
-    assert cli.print_claims({"fig01": flat}, "quick", strict=False) == 0
-    assert "not reproduced" in capsys.readouterr().out
-
-
-class Figures:
-    """Stands in for the registry: figures `a` to `d` are made of one finished run each, `slow` is not finished yet, `m` is measured."""
-
-    def __init__(self, folder, monkeypatch, measured=False):
-        self.store, self.measured, self.made = Store(folder), measured, []
-        done, slow = Config(epochs=1, train_size=64, test_size=50, depth=7, width=1), Config(epochs=2, train_size=64, test_size=50, depth=7, width=1)
-        self.store.train(done)
-        self.planned = {"slow": [("x", slow)], **{name: [("x", done)] for name in "abcd"}, "m": []}
-        monkeypatch.setattr(experiments, "collect", self.collect)
-        monkeypatch.setattr(experiments, "reproduce", self.reproduce)
-        monkeypatch.setattr(experiments, "is_measured", lambda *_: self.measured)
-
-    def collect(self, name, *_):
-        table = pd.DataFrame()
-        table.attrs["missing"] = sum(self.store.find(config) is None for _, config in self.planned[name])
-        return table
-
-    def reproduce(self, name, *_): self.measured = True
-
-    def make(self, name, table, say):
-        self.made.append(name)
-        if name == "b": raise ValueError("b cannot be drawn")
-        time.sleep(0.2)
-
-    def run(self, *names, **options):
-        return cli.Reproduce(**options).measure_and_train({name: self.planned[name] for name in names}, self.store, self.make)
-
-
-def test_a_figure_is_made_when_its_runs_are_there_whatever_comes_before_it(tmp_path, monkeypatch):
-    figures = Figures(tmp_path, monkeypatch)
-    tables = figures.run("slow", "a", "m", workers=1)
-    assert figures.made == ["m", "a", "slow"] and set(tables) == {"m", "a", "slow"}
-
-
-def test_a_notebook_that_fails_ends_the_command_and_spares_the_rest(tmp_path, monkeypatch):
-    figures = Figures(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match="b cannot be drawn"): figures.run("a", "b", "c", "d")
-    assert figures.made[:2] == ["a", "b"] and "d" not in figures.made
-
-
-def test_nothing_is_measured_or_trained_when_the_budget_is_spent(tmp_path, monkeypatch):
-    figures = Figures(tmp_path, monkeypatch)
-    tables = figures.run("slow", "a", "m", budget_min=0.)
-    assert figures.made == ["a"] and not figures.measured and tables["slow"].attrs["missing"] == 1
-    figures.measured = True  # by an earlier call
-    figures.run("m", budget_min=0.)
-    assert figures.made == ["a", "m"]

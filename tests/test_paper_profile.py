@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from symbreak import cli, experiments
+from symbreak import cli, measurements
 from symbreak.data import DataError
+from symbreak.profiles import PROFILES
+from symbreak.results import archive, reproduce
 from symbreak.runs import Store
 
 
@@ -23,10 +25,10 @@ def small_paper(tmp_path, monkeypatch):
                 Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
-    paper = experiments.PROFILES["paper"]
+    paper = PROFILES["paper"]
     small = dict(epochs=2, width=1, batch_size=16, precision="float32", data=f"folder:{tmp_path / 'images'}")
-    monkeypatch.setitem(experiments.PROFILES, "paper", replace(paper, seeds=1, base=replace(paper.base, depth=7, **small),
-                                                               leaky=replace(paper.leaky, **small)))
+    monkeypatch.setitem(PROFILES, "paper", replace(paper, seeds=1, base=replace(paper.base, depth=7, **small),
+                                                   leaky=replace(paper.leaky, **small)))
     return Store(tmp_path / "runs")
 
 
@@ -38,24 +40,24 @@ def test_no_budget_left_trains_nothing_and_says_what_is_next(small_paper, capsys
 
 
 def test_runs_of_the_paper_pause_and_finish(small_paper):
-    paused = experiments.reproduce("fig04", "paper", "cpu", store=small_paper, workers=2, budget_s=8)
+    paused = reproduce("fig04", "paper", "cpu", store=small_paper, workers=2, budget_s=8)
     assert 0 <= paused.attrs["missing"] <= 6
-    table = experiments.reproduce("fig04", "paper", "cpu", store=small_paper, workers=2)
+    table = reproduce("fig04", "paper", "cpu", store=small_paper, workers=2)
     assert table.attrs["missing"] == 0 and set(table.status) == {"finished"} and table.attrs["provenance"]["profile"] == "paper"
-    strings = experiments.reproduce("fig06", "paper", "cpu", store=small_paper, workers=2)
+    strings = reproduce("fig06", "paper", "cpu", store=small_paper, workers=2)
     assert strings.curve.nunique() == 7 and set(strings.status) == {"finished"}
 
 
 def test_what_was_archived_stands_in_for_data_and_hours(small_paper, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "DEPTHS", (10,))
-    made = {name: experiments.reproduce(name, "paper", store=small_paper) for name in ("fig03", "abl01")}
-    assert experiments.archive("paper", tmp_path / "results", small_paper) == 6 + 1  # the runs of abl01, and fig03
+    monkeypatch.setattr(measurements, "DEPTHS", (10,))
+    made = {name: reproduce(name, "paper", store=small_paper) for name in ("fig03", "abl01")}
+    assert archive("paper", tmp_path / "results", small_paper) == 6 + 1  # the runs of abl01, and fig03
     shutil.rmtree(tmp_path / "images")
     shutil.rmtree(tmp_path / "runs")
     with pytest.raises(DataError, match="no such folder"):
-        experiments.reproduce("fig03", "paper", store=small_paper)
+        reproduce("fig03", "paper", store=small_paper)
     elsewhere = Store(tmp_path / "runs", (tmp_path / "results",))
     for name, table in made.items():
-        again = experiments.reproduce(name, "paper", store=elsewhere)
+        again = reproduce(name, "paper", store=elsewhere)
         assert again.equals(table) and again.attrs == table.attrs
     assert not list((tmp_path / "runs").rglob("checkpoint.pt"))

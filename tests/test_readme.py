@@ -1,18 +1,26 @@
 """The README says what the committed data say, and links to what is there."""
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from readme_claims import ALL_CLAIMS, README, ROOT, all_claims, committed, with_claims  # noqa: E402
+from symbreak.headlines import all_verdicts, claims_page, committed, readme_table
+from symbreak.runs import home
+
+ROOT = home()
+sys.path.insert(0, str(ROOT / "tools"))
+from write_claims import ALL_CLAIMS, README, with_table  # noqa: E402
 
 
 def test_claims_are_what_the_committed_data_give():
-    text = committed(README)
-    assert with_claims(text, committed) == text, "run: python tests/readme_claims.py"
-    assert all_claims(committed) == committed(ALL_CLAIMS), "run: python tests/readme_claims.py"
+    found, text = all_verdicts(committed), committed(README)
+    assert with_table(text, readme_table(found)) == text, "run: python tools/write_claims.py"
+    assert claims_page(found) == committed(ALL_CLAIMS), "run: python tools/write_claims.py"
+
+
+def test_the_first_page_is_short():
+    before, _ = README.read_text().split("## Where to look")
+    assert len(before.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), ALL_CLAIMS]), ids=lambda p: p.name)

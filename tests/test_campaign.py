@@ -1,0 +1,94 @@
+"""A campaign from Python: figures are drawn as soon as they can be, failures end it, and a budget is kept."""
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from symbreak import campaign, cli
+from symbreak.campaign import Campaign, carry_out, run
+from symbreak.config import Config
+from symbreak.experiments import Planned
+from symbreak.runs import Store
+
+
+class Figures:
+    """Figures `a` to `d` are made of one finished run each, `slow` is not finished yet, `m` is measured."""
+
+    def __init__(self, folder, monkeypatch):
+        self.store, self.measured, self.made = Store(folder), False, []
+        small = dict(train_size=64, test_size=50, depth=7, width=1)
+        done, slow = Config(epochs=1, **small), Config(epochs=2, **small)
+        self.store.train(done)
+        self.planned = {"slow": [Planned("x", slow)], **{name: [Planned("x", done)] for name in "abcd"}, "m": []}
+        monkeypatch.setattr(campaign, "plan", self.planned.get)
+        monkeypatch.setattr(campaign, "is_complete", lambda request, store: self.measured)
+        monkeypatch.setattr(campaign, "reproduce", self.reproduce)
+        monkeypatch.setattr(campaign, "make_figure", self.make)
+        monkeypatch.setattr(Campaign, "collect", self.collect)
+        monkeypatch.setattr(Campaign, "files", lambda *_: None)
+
+    def collect(self, name):
+        table = pd.DataFrame()
+        table.attrs["missing"] = sum(self.store.find(p.config) is None for p in self.planned[name])
+        return table
+
+    def reproduce(self, *_): self.measured = True
+
+    def make(self, notebook, request, table, files, store, say):
+        self.made.append(notebook)
+        if notebook == "b": raise ValueError("b cannot be drawn")
+        time.sleep(0.2)
+
+    def run(self, *names, deadline=None):
+        class Request(str):  # a request is only handed through
+            profile = device = data = name = None
+        return carry_out(Campaign({n: Request(n) for n in names}, self.store, workers=1, deadline=deadline), {n: n for n in names})
+
+
+def test_a_figure_is_made_when_its_runs_are_there_whatever_comes_before_it(tmp_path, monkeypatch):
+    figures = Figures(tmp_path, monkeypatch)
+    tables = figures.run("slow", "a", "m")
+    assert figures.made == ["m", "a", "slow"] and list(tables) == ["slow", "a", "m"]
+
+
+def test_a_notebook_that_fails_ends_the_campaign_and_spares_the_rest(tmp_path, monkeypatch):
+    figures = Figures(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="b cannot be drawn"): figures.run("a", "b", "c", "d")
+    assert figures.made[:2] == ["a", "b"] and "d" not in figures.made
+
+
+def test_nothing_is_measured_or_trained_when_the_budget_is_spent(tmp_path, monkeypatch):
+    figures = Figures(tmp_path, monkeypatch)
+    tables = figures.run("slow", "a", "m", deadline=time.monotonic())
+    assert figures.made == ["a"] and not figures.measured and tables["slow"].attrs["missing"] == 1
+    figures.measured = True  # by an earlier call
+    figures.run("m", deadline=time.monotonic())
+    assert figures.made == ["a", "m"]
+
+
+def test_run_pauses_and_leaves_the_environment_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("SYMBREAK_RUNS", raising=False)
+    tables = run(["fig04"], runs=tmp_path / "runs", out=tmp_path / "out", budget_min=0)
+    assert tables["fig04"].attrs["missing"] > 0 and not list(tmp_path.rglob("*.png"))
+    assert "SYMBREAK_RUNS" not in campaign.os.environ
+
+
+def test_the_command_is_the_same_call(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(campaign, "run", lambda *args: asked.append(args) or {"fig01": _flat()})
+    assert cli.main(["reproduce", "fig01", "--out", str(tmp_path), "--budget-min", "5"]) == 0
+    assert asked == [(("fig01",), "quick", "auto", None, None, Path(tmp_path), None, 5.)]
+
+
+def _flat():
+    table = pd.DataFrame([dict(seed=s, distinct_at_init=q, noise=n, test_accuracy=0.5)
+                          for s in range(3) for q in (1, 128) for n in (0., .01)])
+    table.attrs["missing"] = 0
+    return table
+
+
+def test_strict_fails_for_a_claim_that_is_not_reproduced(capsys):
+    assert cli.print_claims({"fig01": _flat()}, "quick", strict=True) == 1
+    assert cli.print_claims({"fig01": _flat()}, "quick", strict=False) == 0
+    assert "not reproduced" in capsys.readouterr().out

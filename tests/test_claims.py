@@ -1,0 +1,73 @@
+"""Claims, plans and tables agree: what a claim selects is planned, and what is planned has the names that finished runs have."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from symbreak import claims, experiments
+from symbreak.claims import CLAIMS, check
+from symbreak.experiments import EXPERIMENTS, Experiment, Planned, Request, last_row, outline, plan
+from symbreak.profiles import PROFILES
+from symbreak.results import collect, reproduce
+from symbreak.runs import Store, default_store
+from symbreak.summaries import at_end, gap
+from symbreak.verdicts import NOT_TESTED, Claim, is_ready, judge
+
+HASHES = json.loads((Path(__file__).parent / "hashes.json").read_text())
+MEANT = [(claim, profile) for claim in CLAIMS for profile in claim.profiles]
+
+
+@pytest.mark.parametrize("claim, profile", MEANT, ids=lambda x: x if isinstance(x, str) else x.figure)
+def test_rows_of_every_claim_are_planned(claim, profile):
+    assert not is_ready(claim, pd.DataFrame(), outline(Request(claim.figure, profile)))  # raises for rows that are not
+
+
+@pytest.mark.parametrize("wrong", [dict(init="hee"), dict(breaker="dropouts"), dict(inti="he")], ids=str)
+def test_a_misspelt_claim_is_an_error(wrong):
+    table = collect("fig04", "cifar", store=Store(Path("nowhere"), default_store().archives))
+    claim = Claim("fig04", "misspelt", at_end("test_accuracy"), (wrong,))
+    with pytest.raises(ValueError, match="not planned|no column 'inti'"):
+        judge(claim, table, outline(Request("fig04", "cifar")), seeds=3)
+
+
+def test_hashes_of_planned_runs_never_change():
+    for key, hashes in HASHES.items():
+        profile, name = key.split("/")
+        planned = {p.config.hash for p in plan(Request(name, profile))}
+        assert planned and set(hashes) <= planned, key
+
+
+def test_results_of_the_repository_are_found():
+    """Whatever is committed belongs to a planned run, and figures of `cifar` are complete."""
+    archives = default_store().archives
+    planned = {p.config.hash for profile in PROFILES for name in EXPERIMENTS for p in plan(Request(name, profile))}
+    lying = {path.parent.name for archive in archives for path in archive.glob("*/record.json")}
+    assert lying <= planned
+    store = Store(Path("nowhere"), archives)
+    assert {name: collect(name, "cifar", store=store).attrs["missing"] for name in EXPERIMENTS} == dict.fromkeys(EXPERIMENTS, 0)
+
+
+def test_columns_of_facts_are_in_every_table():
+    for name in ("fig04", "fig06", "fig07", "abl01", "abl02", "abl03"):
+        table, planned = collect(name, "cifar", store=Store(Path("nowhere"), default_store().archives)), outline(Request(name, "cifar"))
+        assert set(planned) <= set(table), name
+        assert not table[list(planned)].isna().any().any(), name
+
+
+def test_adding_an_experiment(tmp_path, monkeypatch):
+    """As CONTRIBUTING shows it: a plan with its columns, and claims that name them; nothing else knows of it."""
+    def batches_plan(profile):
+        small = replace(profile.base, width=1, epochs=1, train_size=128, test_size=50, measure_every=1)
+        return [Planned(f"batch {size}", replace(small, batch_size=size)) for size in (32, 64)]
+
+    batch_claim = Claim("toy01", "small batches are not much worse", gap, (dict(batch_size=64), dict(batch_size=32)), high=1.,
+                        profiles=("quick",))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy01", Experiment("Batches", batches_plan, last_row, ("batch_size",)))
+    monkeypatch.setattr(claims, "CLAIMS", [batch_claim])
+    store = Store(tmp_path)
+    assert check("toy01", collect("toy01", store=store)).verdict.tolist() == [NOT_TESTED]
+    table = reproduce("toy01", store=store)
+    assert table.groupby("batch_size").size().to_dict() == {32: 3, 64: 3}
+    assert check("toy01", table).seeds.tolist() == [3]
