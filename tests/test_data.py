@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from symbreak import data
-from symbreak.data import DataError, Loader, import_torchvision, load
+import symbreak.cache
+from symbreak.cache import import_torchvision
+from symbreak.data import DataError, Loader, load
 
 
 def python(code, **env):
@@ -45,7 +46,7 @@ def refuses(match, root, cache):
 
 # torchvision
 
-IMPORT = "from symbreak.data import import_torchvision as tv; "
+IMPORT = "from symbreak.cache import import_torchvision as tv; "
 
 def test_torchvision_imports_whatever_its_build():
     plain = python("import torchvision")
@@ -171,8 +172,8 @@ def test_mnist(tmp_path, monkeypatch):
 def test_folder_cache_is_reused_until_a_file_changes(tmp_path, monkeypatch):
     root, cache = write_folder(tmp_path / "a"), tmp_path / "cache"
     first = folder(root, cache)
-    decode, calls = data._decode, []
-    monkeypatch.setattr(data, "_decode", lambda *args: calls.append(1) or decode(*args))
+    decode, calls = symbreak.cache._decode, []
+    monkeypatch.setattr(symbreak.cache, "_decode", lambda *args: calls.append(1) or decode(*args))
     assert folder(root, cache).digest == first.digest and not calls
     Image.new("RGB", (8, 8), "red").save(root / "train" / "cat" / "0.png")
     changed = folder(root, cache)
