@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import symbreak
-from .architecture import describe
+from .anatomy import describe
 from .breaking import numerics
 from .config import Config, resolve_device
 from .data import DataError, load
