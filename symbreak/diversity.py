@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['distinct_features', 'weight_correlation', 'asymmetry', 'layer_asymmetry', 'layer_distinct', 'effective_width',
-           'layer_effective_width', 'measure']
+           'evaluating', 'layer_effective_width', 'measure']
 
 # %% ../nbs/04_diversity.ipynb #ad638462
 import math
@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .init import choose
 from .nets import WeightLayer, layer_outputs, weight_layers
-
-# %% ../nbs/04_diversity.ipynb #adb782cb
-def _choose(name: str, value: str, allowed: tuple) -> str:
-    "Raise unless `value` is one of `allowed`"
-    if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
-    return value
-
-def _double(x: Tensor) -> Tensor:
-    "A copy to work in place on, out of the graph, in float64 (float32 on a device that has no float64)"
-    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
+from .propagation import double
 
 # %% ../nbs/04_diversity.ipynb #44512a7c
 def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 dimension, any dtype, no NaN
@@ -54,7 +46,7 @@ def _groups(rows: Tensor, atol: float) -> int:
 # %% ../nbs/04_diversity.ipynb #ba337758
 def _mean_correlation(vectors: Tensor, constant: str) -> Tensor:
     "Mean Pearson correlation over pairs of rows of `vectors` (n, d), as a 0-d tensor, with no host sync"
-    u = _double(vectors)
+    u = double(vectors)
     u -= u[:, :1].clone()  # a constant row becomes exactly zero; subtracting its mean would leave rounding noise
     u -= u.mean(1, keepdim=True)
     norm = u.norm(dim=1, keepdim=True)
@@ -68,7 +60,7 @@ def _mean_correlation(vectors: Tensor, constant: str) -> Tensor:
     pairs, varying = n * (n - 1) / 2, m * (m - 1) / 2
     return 1 - torch.where(m > 1, (1 - among) * varying, 0.) / (pairs or torch.nan)
 
-# %% ../nbs/04_diversity.ipynb #c1468b3b
+# %% ../nbs/04_diversity.ipynb #c6ba161a
 def _vectors(weight: Tensor, over: str, max_kernels: int, seed: int) -> Tensor:
     "The vectors whose correlation is asked for, one per row"
     if over == "forward": return weight.flatten(1)
@@ -80,6 +72,7 @@ def _vectors(weight: Tensor, over: str, max_kernels: int, seed: int) -> Tensor:
     drawn = torch.randperm(len(kernels), generator=torch.Generator().manual_seed(seed))[:max_kernels]
     return kernels[drawn.to(weight.device)]
 
+# %% ../nbs/04_diversity.ipynb #c1468b3b
 def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
                        over: str = "forward", # pairs of outputs "forward", inputs "backward", or kernels "kernel"
                        constant: str = "one", # vectors of zero variance: "one" as released, "nan", "drop"
@@ -87,14 +80,14 @@ def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
                        seed: int = 0, # for "kernel": of the draw
 ) -> float: # -1 / (n - 1) <= it <= 1, or NaN
     "Mean Pearson correlation over pairs of a layer's weight vectors (the paper's forward and backward correlation)"
-    _choose("over", over, ("forward", "backward", "kernel"))
-    _choose("constant", constant, ("one", "nan", "drop"))
+    choose("over", over, ("forward", "backward", "kernel"))
+    choose("constant", constant, ("one", "nan", "drop"))
     if weight.dim() < 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in) or (out, in, kh, kw)")
     if max_kernels < 2: raise ValueError(f"max_kernels: {max_kernels}; allowed: >= 2")
     return _mean_correlation(_vectors(weight, over, max_kernels, seed), constant).item()
 
-# %% ../nbs/04_diversity.ipynb #5195fc85
+# %% ../nbs/04_diversity.ipynb #ef9ab5ed
 def _own_first(weight: Tensor) -> Tensor:
     "Inputs in cyclic order from each output's own: (out, in, ...) with entry (o, j) from input (o + j) mod in"
     o, i = (torch.arange(n, device=weight.device) for n in weight.shape[:2])
@@ -102,6 +95,7 @@ def _own_first(weight: Tensor) -> Tensor:
 
 def _is_tied(layer: WeightLayer) -> bool: return layer.letter == "i" and layer.in_features
 
+# %% ../nbs/04_diversity.ipynb #5195fc85
 def _orbits(layer: WeightLayer) -> list[Tensor]:
     "Matrices (copies, kinds): a symmetry of the network swaps the entries of a column, and only those"
     weight = layer.module.weight.detach()
@@ -120,11 +114,11 @@ def _norm_orbits(model: nn.Module) -> list[Tensor]:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine]
     return [p.detach()[:, None] for m in norms for p in (m.weight, m.bias)]
 
-# %% ../nbs/04_diversity.ipynb #11020e01
+# %% ../nbs/04_diversity.ipynb #c40d565f
 def _spread(orbits: list[Tensor], device: torch.device) -> Tensor:
     "Squared distance from the symmetric part, largest distance from the first copy, squared norm"
-    total = torch.zeros(3, device=device, dtype=_double(torch.zeros((), device=device)).dtype)
-    for gap in map(_double, orbits):
+    total = torch.zeros(3, device=device, dtype=double(torch.zeros((), device=device)).dtype)
+    for gap in map(double, orbits):
         norm = gap.flatten().dot(gap.flatten())
         gap -= gap[:1].clone()
         largest = torch.maximum(gap.amax(), -gap.amin())
@@ -138,6 +132,7 @@ def _ratio(distance: float, gap: float, norm: float) -> float:
     if gap == 0: return 0.
     return max(math.sqrt(distance / norm) if norm else 0., sys.float_info.min)
 
+# %% ../nbs/04_diversity.ipynb #11020e01
 def _spreads(model: nn.Module) -> Tensor:
     "`_spread` of every weight layer, and in the last row of the whole network"
     layers = weight_layers(model)
@@ -174,7 +169,7 @@ def effective_width(activations: Tensor, # (n, c, h, w) or (n, c), float; every 
 
 def _effective_width(activations: Tensor) -> Tensor:
     "The same as a 0-d tensor, with no host sync"
-    x = _double(activations.movedim(1, 0)).flatten(1)
+    x = double(activations.movedim(1, 0)).flatten(1)
     x -= x[:, :1].clone()  # dead channels become exactly zero
     top = torch.maximum(x.amax(), -x.amin())
     x /= torch.where(top == 0, 1., top)  # squares of squares must not underflow
@@ -185,7 +180,7 @@ def _effective_width(activations: Tensor) -> Tensor:
 
 # %% ../nbs/04_diversity.ipynb #7409d4e7
 @contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module):
     "Evaluation mode and no gradients inside, the modes as they were afterwards"
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -194,12 +189,21 @@ def _evaluating(model: nn.Module):
     finally:
         for module, mode in modes.items(): module.training = mode
 
+# %% ../nbs/04_diversity.ipynb #5c22c6b7
+def _together(tensors: dict) -> dict:
+    "The same with numbers or lists in place of tensors"
+    first = next(iter(tensors.values()))
+    flat = torch.cat([t.flatten().to(first) for t in tensors.values()]).cpu()
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {key: part.view(t.shape).tolist() for part, (key, t) in zip(parts, tensors.items())}
+
+# %% ../nbs/04_diversity.ipynb #0c6a4477
 def layer_effective_width(model: nn.Module, # a network of `symbreak.nets`
                           x: Tensor, # (n, c, h, w) images as the network takes them, same device
 ) -> dict[str, float]: # "stem", "stages.0.0", ... -> effective width of what that block returns
     "Effective width of the stem's and every block's output for one batch"
-    with _evaluating(model): features = layer_outputs(model, x)
-    return dict(zip(features, torch.stack([_effective_width(h) for h in features.values()]).tolist()))
+    with evaluating(model): features = layer_outputs(model, x)
+    return _together({name: _effective_width(h) for name, h in features.items()})
 
 # %% ../nbs/04_diversity.ipynb #06edebfe
 def _count(x: Tensor, dim: int = 0) -> int | None:
@@ -212,27 +216,21 @@ def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
             constant: str = "one", # policy of `weight_correlation`
 ) -> dict: # plain lists and numbers, ready for JSON
     "Every measure of this notebook, cheap enough for every epoch; changes no parameter, statistic or mode"
-    _choose("constant", constant, ("one", "nan", "drop"))
+    choose("constant", constant, ("one", "nan", "drop"))
     layers, features = weight_layers(model), {}
     if x is not None:
-        with _evaluating(model): features = layer_outputs(model, x)
-    spreads = _spreads(model)
-    nothing = spreads.new_full((), torch.nan)
-    def correlation(layer, over, applies):
-        if not applies: return nothing
-        return _mean_correlation(_vectors(layer.module.weight, over, 2, 0), constant).to(nothing)
-    numbers = torch.cat([
-        spreads.flatten(),
-        torch.stack([correlation(l, "forward", l.out_features) for l in layers]),
-        torch.stack([correlation(l, "backward", l.in_features) for l in layers]),
-        *(_effective_width(h).to(nothing)[None] for h in features.values())]).tolist()
-    n = len(layers)
-    spreads, numbers = [_ratio(*numbers[i:i + 3]) for i in range(0, 3 * (n + 1), 3)], numbers[3 * (n + 1):]
-    found = dict(
-        asymmetry=spreads[-1], layers=[l.name for l in layers], layer_asymmetry=spreads[:-1],
-        distinct=[_count(_canonical(l)) if l.out_features else None for l in layers],
-        forward=[c if l.out_features else None for l, c in zip(layers, numbers)],
-        backward=[c if l.in_features else None for l, c in zip(layers, numbers[n:])])
+        with evaluating(model): features = layer_outputs(model, x)
+    def correlation(layer, over): return _mean_correlation(_vectors(layer.module.weight, over, 2, 0), constant)
+    numbers = _together(
+        {"spreads": _spreads(model)}
+        | {("forward", l.name): correlation(l, "forward") for l in layers if l.out_features}
+        | {("backward", l.name): correlation(l, "backward") for l in layers if l.in_features}
+        | {("width", name): _effective_width(h) for name, h in features.items()})
+    *each, whole = (_ratio(*spread) for spread in numbers["spreads"])
+    found = dict(asymmetry=whole, layers=[l.name for l in layers], layer_asymmetry=each,
+                 distinct=[_count(_canonical(l)) if l.out_features else None for l in layers],
+                 forward=[numbers.get(("forward", l.name)) for l in layers],
+                 backward=[numbers.get(("backward", l.name)) for l in layers])
     if x is None: return found
     return found | dict(blocks=list(features), block_distinct=[_count(h, dim=1) for h in features.values()],
-                        effective_width=numbers[2 * n:])
+                        effective_width=[numbers["width", name] for name in features])

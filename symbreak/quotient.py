@@ -53,31 +53,56 @@ def _ends(group: Tensor, which: str) -> Tensor:
     zeros = group.new_zeros(int(group.max()) + 1)
     return zeros.scatter_reduce(0, group, torch.arange(len(group)), which, include_self=False)
 
-# %% ../nbs/06_quotient.ipynb #29a29620
+# %% ../nbs/06_quotient.ipynb #59694c39
+def _check_columns(name: str, weight: Tensor, in_group: Tensor, out_group: Tensor) -> None:
+    "Raise unless identical inputs of a layer also get identical gradients"
+    columns = _sorted_within(weight.transpose(0, 1), out_group)
+    if not torch.equal(columns, columns[_ends(in_group, "amin")][in_group]):
+        raise ValueError(f"model: {name} cannot be collapsed: some of its inputs are identical, but their gradients "
+                         "differ; allowed: inputs all different, or layers that treat copies alike")
+
+# %% ../nbs/06_quotient.ipynb #0bdb352f
+class _Copy(NamedTuple):
+    "One copy of each weight of a wide layer, and how many there are of it"
+    weight: Tensor  # (groups out, groups in, ...) the value of most entries of a block
+    own: Tensor | None  # the same shape, the value of the others; None if no block has two values
+    own_at: Tensor  # (axes, entries) where the wide weight holds it
+    n_weight: Tensor  # copies of `weight` in a row of a block
+    n_own: Tensor | None  # copies of `own` there
+
+def _one_copy(wide: Tensor, in_group: Tensor, out_group: Tensor) -> _Copy:
+    "A wide weight as one copy per block, or two where a block has two values"
+    n_out, n_in = _along(out_group.bincount(), 0, wide.dim()), _along(in_group.bincount(), 1, wide.dim())
+    weight = wide[_ends(out_group, "amin")][:, _ends(in_group, "amax")]
+    own_at = (wide != weight[out_group][:, in_group]).nonzero().T
+    if not own_at.shape[1]: return _Copy(weight, None, own_at, n_in, None)
+    block = out_group[own_at[0]], in_group[own_at[1]], *own_at[2:]
+    own = torch.zeros_like(weight).index_put(block, wide[tuple(own_at)])
+    counts = torch.zeros_like(weight, dtype=torch.int64)
+    n_own = counts.index_put(block, torch.ones_like(own_at[0]), accumulate=True) // n_out
+    return _Copy(weight, own, own_at, n_in - n_own, n_own)
+
+def _along(counts: Tensor, axis: int, dim: int) -> Tensor:
+    "Counts as a tensor of `dim` axes that broadcasts along all but one"
+    return counts.view([-1 if a == axis else 1 for a in range(dim)])
+
+# %% ../nbs/06_quotient.ipynb #0650be36
 def _sum_copies(parameter: Tensor, count: Tensor, n_out: Tensor) -> Tensor:
     "`count * parameter`, which gets the gradient of one of `count * n_out` copies (0 where there are none)"
     return count * divide_gradient(parameter, count.clamp(min=1) * n_out)
 
+# %% ../nbs/06_quotient.ipynb #29a29620
 class _QuotientLayer:
     "What the quotients of convolutions and linear layers share: one copy of each weight, and where the copies belong"
     def _collapse(self, layer: nn.Module, in_group: Tensor, out_group: Tensor) -> None:
         "Take one copy of each weight of the wide `layer`"
-        wide = layer.weight.detach().cpu()
-        shape = lambda n, axis: n.view([-1 if a == axis else 1 for a in range(wide.dim())])
-        n_out, n_in = shape(out_group.bincount(), 0), shape(in_group.bincount(), 1)
-        weight = wide[_ends(out_group, "amin")][:, _ends(in_group, "amax")]
-        own_at = (wide != weight[out_group][:, in_group]).nonzero().T
-        own, n_own, n_weight = None, None, n_in
-        if own_at.shape[1]:
-            block = (out_group[own_at[0]], in_group[own_at[1]], *own_at[2:])
-            own = nn.Parameter(torch.zeros_like(weight).index_put(block, wide[tuple(own_at)]))
-            ones = torch.ones_like(own_at[0])
-            n_own = torch.zeros_like(weight, dtype=torch.int64).index_put(block, ones, accumulate=True) // n_out
-            n_weight = n_in - n_own
-        self.weight = nn.Parameter(weight)
-        self.register_parameter("own", own)
+        found = _one_copy(layer.weight.detach().cpu(), in_group, out_group)
+        self.weight = nn.Parameter(found.weight)
+        self.register_parameter("own", None if found.own is None else nn.Parameter(found.own))
         if layer.bias is not None: self.bias = nn.Parameter(layer.bias.detach().cpu()[_ends(out_group, "amin")])
-        buffers = dict(in_group=in_group, out_group=out_group, own_at=own_at, n_out=n_out, n_weight=n_weight, n_own=n_own)
+        n_out = _along(out_group.bincount(), 0, found.weight.dim())
+        buffers = dict(in_group=in_group, out_group=out_group, own_at=found.own_at, n_out=n_out,
+                       n_weight=found.n_weight, n_own=found.n_own)
         for name, tensor in buffers.items(): self.register_buffer(name, tensor)
         if hasattr(layer, "letter"): self.letter = layer.letter
         self.train(layer.training).to(layer.weight.device)
@@ -91,8 +116,8 @@ class _QuotientLayer:
         "The bias of one copy; there is one for each of `n_out` features, hence the gradient"
         return None if self.bias is None else divide_gradient(self.bias, self.n_out.flatten())
 
-    def _fill(self, layer: nn.Module) -> nn.Module:
-        "Give the wide `layer` its copies"
+    def _make_copies(self, layer: nn.Module) -> nn.Module:
+        "Give the wide `layer` its weights"
         wide = self.weight.detach()[self.out_group][:, self.in_group]
         if self.own is not None:
             out, in_, *tap = self.own_at
@@ -119,9 +144,10 @@ class QuotientConv2d(_QuotientLayer, nn.Conv2d):
 
     def expand(self) -> nn.Conv2d:
         "The wide convolution"
-        return self._fill(nn.Conv2d(len(self.in_group), len(self.out_group), self.kernel_size, self.stride,
-                                    self.padding, bias=self.bias is not None, device="meta"))
+        return self._make_copies(nn.Conv2d(len(self.in_group), len(self.out_group), self.kernel_size, self.stride,
+                                           self.padding, bias=self.bias is not None, device="meta"))
 
+# %% ../nbs/06_quotient.ipynb #d15fa5a7
 class QuotientLinear(_QuotientLayer, nn.Linear):
     "A linear layer with one unit per group of identical features"
     def __init__(self,
@@ -136,7 +162,8 @@ class QuotientLinear(_QuotientLayer, nn.Linear):
 
     def expand(self) -> nn.Linear:
         "The wide layer"
-        return self._fill(nn.Linear(len(self.in_group), len(self.out_group), self.bias is not None, device="meta"))
+        in_, out = len(self.in_group), len(self.out_group)
+        return self._make_copies(nn.Linear(in_, out, self.bias is not None, device="meta"))
 
 # %% ../nbs/06_quotient.ipynb #e3ac527e
 def _take_channels(target: nn.BatchNorm2d, source: nn.BatchNorm2d, channels: Tensor) -> nn.BatchNorm2d:
@@ -198,13 +225,6 @@ def _out_group(features: Features, in_group: Tensor) -> Tensor:
     if features.adds_previous: agree.append(in_group)
     return partition(torch.stack(agree, 1))
 
-def _check_columns(name: str, weight: Tensor, in_group: Tensor, out_group: Tensor) -> None:
-    "Raise unless identical inputs of a layer also get identical gradients"
-    columns = _sorted_within(weight.transpose(0, 1), out_group)
-    if not torch.equal(columns, columns[_ends(in_group, "amin")][in_group]):
-        raise ValueError(f"model: {name} cannot be collapsed: some of its inputs are identical, but their gradients "
-                         "differ; allowed: inputs all different, or layers that treat copies alike")
-
 # %% ../nbs/06_quotient.ipynb #d3c8e04f
 def _check_collapsible(model: nn.Module) -> None:
     if not isinstance(model, (ConstNet, LeakyNet, UniqueFeatureMLP)):
@@ -215,34 +235,38 @@ def _check_collapsible(model: nn.Module) -> None:
     if dropout > 0:
         raise ValueError(f"dropout: {dropout}; allowed: 0, as each copy of a feature is dropped on its own")
 
+# %% ../nbs/06_quotient.ipynb #0a5466ca
+def _quotient_layer(name: str, layer: nn.Module, in_group: Tensor, out_group: Tensor) -> nn.Module:
+    "The quotient of one layer, checked to be exact"
+    _check_columns(name, layer.weight, in_group, out_group)
+    small = (QuotientLinear if isinstance(layer, nn.Linear) else QuotientConv2d)(layer, in_group, out_group)
+    if not torch.equal(small.expand().weight, layer.weight):
+        raise ValueError(f"model: {name} cannot be collapsed: more than two different weights between two groups; "
+                         "allowed: one, or two as in an identity layer")
+    return small
+
+# %% ../nbs/06_quotient.ipynb #e36b3e3f
 def quotient(model: nn.Module, # ConstNet, LeakyNet or UniqueFeatureMLP without dropout; not changed
 ) -> nn.Module: # same class and device; one channel per group of identical features
     "One copy of each group of bitwise identical features, which trains exactly as the wide network does"
     _check_collapsible(model)
     names = {module: name for name, module in model.named_modules()}
-    exchanged = {}
-
-    def collapse(layer, in_group, out_group):
-        _check_columns(names[layer], layer.weight, in_group, out_group)
-        small = (QuotientLinear if isinstance(layer, nn.Linear) else QuotientConv2d)(layer, in_group, out_group)
-        if not torch.equal(small.expand().weight, layer.weight):
-            raise ValueError(f"model: {names[layer]} cannot be collapsed: more than two different weights between two "
-                             "groups; allowed: one, or two as in an identity layer")
-        exchanged[id(layer)] = small
-
-    sets = feature_sets(model)
+    exchanged, sets = {}, feature_sets(model)
     in_group = torch.arange(sets[0].writers[0].weight.shape[1])
     for features in sets:
         out_group = _out_group(features, in_group)
         if features.adds_previous and not torch.equal(out_group, in_group):
             raise ValueError(f"model: {names[features.writers[0]]} cannot be collapsed: it parts features that are "
                              "identical before the skip; allowed: layers that treat copies alike")
-        for layer in features.writers: collapse(layer, in_group, out_group)
+        for layer in features.writers:
+            exchanged[id(layer)] = _quotient_layer(names[layer], layer, in_group, out_group)
         if features.norm is not None: exchanged[id(features.norm)] = QuotientBatchNorm2d(features.norm, out_group)
         in_group = out_group
-    collapse(model.head, in_group, torch.arange(model.head.out_features))
+    classes = torch.arange(model.head.out_features)
+    exchanged[id(model.head)] = _quotient_layer("head", model.head, in_group, classes)
     return copy.deepcopy(model, exchanged)
 
+# %% ../nbs/06_quotient.ipynb #b799034d
 def expand(q: nn.Module, # what `quotient` returned, trained or not; not changed
 ) -> nn.Module: # an ordinary wide network, with batch norm statistics
     "The wide network of a quotient: every copy made again"

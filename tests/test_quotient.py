@@ -1,8 +1,8 @@
 """The quotient follows the wide network: float64, SGD with momentum and weight decay, batch norm in training mode.
 
-ConstNet and the toy net are followed at a learning rate of 0.05. LeakyNet's own dynamics are unstable there (two runs that
-differ by one rounding part company, wide or small), so its paths are compared at 0.001, and at 0.05 its gradients are compared
-point by point along a path.
+ConstNet and the toy net are followed at a learning rate of 0.05. LeakyNet's own dynamics are unstable there (two runs
+that differ by one rounding part company, wide or small), so its paths are compared at 0.001, and at 0.05 its gradients
+are compared point by point along a path.
 """
 import copy
 
