@@ -21,7 +21,7 @@ from symbreak.config import Config
 from symbreak.data import Dataset, load
 from symbreak.diversity import measure
 from symbreak.records import provenance
-from symbreak.train import Trainer
+from symbreak.train import Trainer, accuracy, run_epoch
 
 
 def random_images(train: int = 1024, test: int = 256, size: int = 32) -> Dataset:
@@ -49,7 +49,7 @@ def bare_steps(trainer: Trainer, batches: list) -> None:
 
 
 def epoch_and_log(trainer: Trainer, file) -> None:
-    file.write(json.dumps(trainer.run_epoch()) + "\n")
+    file.write(json.dumps(run_epoch(trainer)) + "\n")
     file.flush()
 
 
@@ -64,7 +64,7 @@ def compare(config: Config, data: Dataset, rounds: int, full_train: int, full_te
     with tempfile.TemporaryFile("w") as file:
         for round_ in range(rounds + 1):  # the first one warms up
             row = dict(bare=seconds(lambda: bare_steps(trainer, batches)), loop=seconds(lambda: epoch_and_log(trainer, file)),
-                       measuring=seconds(lambda: measure(trainer.model, trainer.probe)), testing=seconds(trainer.test_accuracy))
+                       measuring=seconds(lambda: measure(trainer.model, trainer.probe)), testing=seconds(lambda: accuracy(trainer)))
             for name, value in row.items() if round_ else ():
                 times[name].append(value)
     bare = times["bare"]

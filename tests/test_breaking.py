@@ -1,22 +1,27 @@
-"""Sources of symmetry breaking: what they change, what they must leave alone, and that every switch is put back."""
+"""Sources of symmetry breaking: what they change, what they leave alone, and that the loop need not know a new one."""
 import itertools
 import math
-import os
 import pickle
 from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from symbreak.breaking import (ALGORITHMS, GRANULARITIES, WORKSPACE, RandomReductionConv2d, deterministic, input_noise,
-                               numerics, perturb_, random_reduction_, sum_in_random_order, switches, ulp_noise_)
+from symbreak import breaking
+from symbreak import train as training
+from symbreak.breaking import (GRANULARITIES, Breaker, RandomReductionConv2d, breaker_names, breakers, hooks,
+                               input_noise, perturb_, random_reduction_, sum_in_random_order, ulp_noise_)
+from symbreak.config import Config
 from symbreak.diversity import distinct_features
 from symbreak.nets import ConstNet, LeakyNet, weight_layers
+from symbreak.records import weights_digest
 
 NULL = [(4, "global"), (3, "global"), (2, "element"), (2, "row"), (2, "tile"), (1, "element")]
-BREAKERS = [(s, g) for s in (3, 4, 8) for g in ("element", "row", "tile")]
+BREAKING = [(s, g) for s in (3, 4, 8) for g in ("element", "row", "tile")]
 
 
 def seeded(seed=0):
@@ -26,72 +31,6 @@ def seeded(seed=0):
 def symmetric(weight):
     "Are all features of the layer, seen from both sides, the same bits?"
     return torch.equal(weight, weight[:1, :1].expand_as(weight))
-
-
-# switches
-
-def test_switches_come_back_after_nesting_and_errors():
-    before = switches()
-    with pytest.raises(RuntimeError, match="inside"):
-        with deterministic() as outer:
-            with numerics(deterministic=False, tf32=True, benchmark=True) as inner:
-                assert inner[ALGORITHMS] == "off" and inner["backends.cudnn.benchmark"]
-                assert torch.backends.cuda.matmul.allow_tf32
-            assert switches() == outer
-            with deterministic(enabled=False) as same:
-                assert same == outer
-            raise RuntimeError("inside")
-    assert switches() == before and (WORKSPACE in os.environ) == (before[WORKSPACE] is not None)
-
-
-def test_deterministic_makes_pytorch_refuse_what_it_cannot_repeat():
-    with deterministic() as state:
-        assert torch.get_deterministic_debug_mode() == 2
-        assert os.environ[WORKSPACE] == state[WORKSPACE] == ":4096:8"
-        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-            pass  # this reads the old TF32 name, which raises when old and new names disagree
-        assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_states_of_the_caller_come_back_exactly():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        before = switches()
-        with deterministic():
-            pass
-        with numerics(deterministic=False, tf32=True):
-            pass
-        assert switches() == before and before[ALGORITHMS] == "warn"
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="only the old TF32 names")
-def test_tf32_set_by_the_new_name_alone_is_kept():
-    before = switches()
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here the old name cannot be read
-    try:
-        with deterministic() as state:
-            assert state["backends.cuda.matmul.fp32_precision"] == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before["backends.cuda.matmul.fp32_precision"]
-    assert switches() == before
-
-
-def test_a_stopwatch_is_not_deterministic():
-    before = switches()
-    with pytest.raises(ValueError, match="benchmark: True"):
-        with numerics(deterministic=True, benchmark=True):
-            pass
-    assert switches() == before
 
 
 # noise
@@ -190,7 +129,7 @@ def test_null_controls_of_the_sum_keep_symmetry(chunks, granularity, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("chunks, granularity", BREAKERS)
+@pytest.mark.parametrize("chunks, granularity", BREAKING)
 def test_the_sum_breaks_symmetry_from_three_terms_on(chunks, granularity, dtype):
     assert not symmetric(sum_in_random_order(equal_partials(chunks, dtype), granularity, seeded()))
 
@@ -254,7 +193,7 @@ def test_null_controls_of_the_convolution_keep_symmetry(chunks, granularity):
     assert all(symmetric(exact_gradient(chunks, granularity, seed)) for seed in range(5))
 
 
-@pytest.mark.parametrize("chunks, granularity", BREAKERS)
+@pytest.mark.parametrize("chunks, granularity", BREAKING)
 def test_the_convolution_breaks_symmetry_from_three_chunks_on(chunks, granularity):
     assert not symmetric(exact_gradient(chunks, granularity))
 
@@ -347,3 +286,101 @@ def test_keys_parameters_letters_and_copies_stay():
         assert torch.equal(a, b)
     random_reduction_(ours, 2, "global")  # again: new settings, nothing nested
     assert ours.stem.chunks == 2 and ours.stem.granularity == "global" and ours.stem.generator is None
+
+
+# sources as data
+
+MOMENTS = ("on_weights", "on_network", "on_batch", "on_gradients", "after_step")
+
+
+@dataclass(frozen=True)
+class Drifting(Config):
+    "A configuration with one more source of symmetry breaking"
+    drift: float = 0.
+    drift_from: int = 0
+
+
+TINY = Drifting(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05, device="cpu")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    "Weights that never stand still, put into the registry; the moments at which the loop called its hooks"
+    seen = {moment: [] for moment in MOMENTS}
+
+    def batch(images, config, generator):
+        seen["on_batch"].append(len(images))
+        return images
+
+    def weights(model, config, generator):
+        perturb_(model, config.drift, generator)
+        seen["on_weights"].append(features(model))
+
+    def drift(model, config, generator, step):
+        seen["after_step"].append(step)
+        if step > config.drift_from: perturb_(model, config.drift, generator)
+
+    def network(model, config, generator):
+        seen["on_network"].append(features(model))
+
+    def gradients(model, config, generator):
+        seen["on_gradients"].append(model.head.weight.grad is not None)
+
+    new = Breaker("drifting weights", lambda c: getattr(c, "drift", 0) > 0, on_weights=weights, on_network=network,
+                  on_batch=batch, on_gradients=gradients, after_step=drift)
+    monkeypatch.setattr(breaking, "BREAKERS", (*breaking.BREAKERS, new))
+    return seen
+
+
+def test_a_new_source_trains_without_a_word_in_the_loop(toy):
+    run = training.train(replace(TINY, drift=1e-3))
+    assert toy == dict(on_weights=[64], on_network=[64], on_batch=[64, 64, 64, 8] * 2, on_gradients=[True] * 8,
+                       after_step=[1, 2, 3, 4, 5, 6, 7, 8])
+    assert weights_digest(run.model) == weights_digest(training.train(replace(TINY, drift=1e-3)).model)
+    assert weights_digest(run.model) != weights_digest(training.train(TINY).model)
+    assert breaker_names(replace(TINY, drift=1e-3, dropout=0.1)) == "dropout + drifting weights"
+
+
+def test_a_new_source_resumes_to_the_same_bits(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("symbreak.records.Config", Drifting)  # who reads the configuration of a folder
+    config = replace(TINY, drift=1e-3, drift_from=3)
+    while (resumed := training.train(config, tmp_path / "run", stop=lambda: True)).record["status"] == "paused":
+        pass
+    assert weights_digest(resumed.model) == weights_digest(training.train(config).model)
+
+
+def test_a_new_field_that_is_off_changes_nothing():
+    plain = Config(**TINY.changed)
+    assert plain.hash == TINY.hash
+    assert weights_digest(training.train(plain).model) == weights_digest(training.train(TINY).model)
+
+
+def test_absent_sources_have_no_hooks():
+    assert breakers(Config()) == () and breaker_names(Config()) == "arithmetic"
+    assert {hooks(Config(), moment) for moment in MOMENTS} == {()}
+    assert hooks(Config(dropout=0.1), "on_gradients") == ()
+    with pytest.raises(AttributeError, match="on_monday"):
+        hooks(Config(dropout=0.1), "on_monday")
+
+
+@pytest.mark.parametrize("changes, names, moments", [
+    (dict(weight_noise=1e-6), "weight noise", {"on_weights"}),
+    (dict(dropout=0.01), "dropout", set()),
+    (dict(input_noise=0.1), "input noise", {"on_batch"}),
+    (dict(gradient_ulps=1), "one-ulp gradient noise", {"on_gradients"}),
+    (dict(reduction="row"), "random reduction", {"on_network"}),
+    (dict(ulp_layer="stem", ulp_step=3), "one ulp in one layer", {"on_network", "after_step"}),
+    (dict(dropout=0.01, gradient_ulps=1), "dropout + one-ulp gradient noise", {"on_gradients"}),
+    (dict(quotient=True), "none", set()),
+    (dict(quotient=True, weight_noise=1e-6), "none", {"on_weights"}),
+], ids=str)
+def test_each_field_has_its_source_and_its_moments(changes, names, moments):
+    config = Config(**changes)
+    assert breaker_names(config) == names
+    assert {moment for moment in MOMENTS if hooks(config, moment)} == moments
+
+
+def test_the_loop_knows_no_source_by_name():
+    code = Path(training.__file__).read_text().replace("dropout=config.dropout", "")  # an argument of the networks
+    for word in ("noise_", "_noise", "ulp", "reduction", "perturb", "next_float", "dropout"):
+        assert word not in code, word

@@ -10,11 +10,12 @@ import pytest
 from filelock import FileLock
 
 from symbreak.config import Config
-from symbreak.records import Run, read_lines
+from symbreak.records import Run, RunFiles, read_lines
 from symbreak.runs import Store, execute
 from symbreak.train import train
 
-TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1, augment="crop", gradient_ulps=1)
+TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1,
+              augment="crop", gradient_ulps=1)
 CODE = """
 import sys, torch
 from dataclasses import replace
@@ -28,7 +29,8 @@ if __name__ == "__main__":
 
 
 def start(folder, config):
-    return subprocess.Popen([sys.executable, "-c", CODE, str(folder), repr(config.changed)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", CODE, str(folder), repr(config.changed)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def visible(folder):
@@ -43,20 +45,22 @@ def test_two_processes_at_once_train_each_run_once(tmp_path):
         config = replace(TINY, seed=seed)
         folder = Store(tmp_path).folder(config)
         assert visible(folder) == ["config.json", "metrics.jsonl", "model.pt", "record.json"]
-        assert [row["epoch"] for row in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+        assert [row["epoch"] for row in read_lines(RunFiles(folder).metrics)] == [0, 1, 2, 3, 4]
         assert Run.load(folder).record["status"] == "finished"
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     config = replace(TINY, epochs=30)
-    code = "import sys; from symbreak.train import *; train(Config.from_dict(eval(sys.argv[2])), sys.argv[1], checkpoint_every_s=0)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), repr(config.changed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 60
-    while len(read_lines(tmp_path / "run" / "metrics.jsonl")) < 6 and time.time() < deadline:
+    code = ("import sys; from symbreak.train import *; "
+            "train(Config.from_dict(eval(sys.argv[2])), sys.argv[1], checkpoint_every_s=0)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), repr(config.changed)],
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    files, deadline = RunFiles(tmp_path / "run"), time.time() + 60
+    while len(read_lines(files.metrics)) < 6 and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (tmp_path / "run" / "checkpoint.pt").exists(), "killed too late to say anything"
+    assert files.checkpoint.exists(), "killed too late to say anything"
     resumed = train(config, tmp_path / "run")
     straight = train(config)
     assert resumed.metrics == straight.metrics
@@ -66,13 +70,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     config = replace(TINY, epochs=100_000)
     process = start(tmp_path, config)
-    folder, deadline = Store(tmp_path).folder(config), time.time() + 60
-    while not (folder / "checkpoint.pt").exists() and time.time() < deadline:
+    files, deadline = RunFiles(Store(tmp_path).folder(config)), time.time() + 60
+    while not files.checkpoint.exists() and time.time() < deadline:
         time.sleep(0.1)
     process.kill()
     process.wait()
-    assert (folder / "checkpoint.pt").exists(), "killed too early to say anything"
-    with FileLock(folder / ".lock").acquire(timeout=20):  # a worker holds it while it trains
+    assert files.checkpoint.exists(), "killed too early to say anything"
+    with FileLock(files.lock).acquire(timeout=20):  # a worker holds it while it trains
         pass
 
 

@@ -7,11 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symbreak import config as configuration
+from symbreak import records
 from symbreak import train as training
 from symbreak.config import Config, learning_rate
 from symbreak.data import load
-from symbreak.records import weights_digest
-from symbreak.train import Trainer, train
+from symbreak.records import RunFiles, weights_digest
+from symbreak.train import Trainer, run_epoch, train
 
 TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
 
@@ -34,8 +35,9 @@ def test_bf16_where_the_instructions_are_there(monkeypatch):
 
 
 @pytest.mark.parametrize("option", [
-    dict(precision="float64"), dict(channels_last=True), dict(skip="rectified"), dict(reduction="row"), dict(reduction="global"),
-    dict(weight_noise=1e-3), dict(input_noise=0.1), dict(gradient_ulps=2), dict(quotient=True), dict(deterministic=True), dict(augment="crop"),
+    dict(precision="float64"), dict(channels_last=True), dict(skip="rectified"), dict(reduction="row"),
+    dict(reduction="global"), dict(weight_noise=1e-3), dict(input_noise=0.1), dict(gradient_ulps=2),
+    dict(ulp_layer="stem", ulp_step=5), dict(quotient=True), dict(deterministic=True), dict(augment="crop"),
     dict(schedule="released"), dict(schedule="constant"), dict(measure_every=2), dict(data_seed=7),
     dict(net="LeakyNet", init="1_i11", lr=0.01), dict(net="UniqueFeatureMLP", width=32, distinct=4),
     dict(net="UniqueFeatureMLP", width=32, distinct=4, quotient=True),
@@ -50,7 +52,8 @@ def test_option_trains_and_resumes_to_the_same_bits(tmp_path, option):
     assert resumed.metrics == straight.metrics
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None,
+                    reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_runs():
     run = train(replace(TINY, compile=True, epochs=1, device="cpu"))
     assert run.record["status"] == "finished"
@@ -58,7 +61,9 @@ def test_compiled_training_runs():
 
 @pytest.mark.parametrize("bad, message", [
     (dict(compile=True, reduction="element"), "compile"), (dict(quotient=True, dropout=0.1), "dropout"),
-    (dict(quotient=True, reduction="row"), "quotient"), (dict(net="UniqueFeatureMLP", width=32, reduction="element"), "convolution")])
+    (dict(quotient=True, reduction="row"), "quotient"),
+    (dict(net="UniqueFeatureMLP", width=32, reduction="element"), "convolution"),
+    (dict(ulp_layer="stages.9"), "allowed: stem")])
 def test_options_that_do_not_go_together(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message):
         train(replace(TINY, **bad), tmp_path / "run")
@@ -86,14 +91,15 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("option", [{}, dict(dropout=0.1), dict(gradient_ulps=1), dict(reduction="element"), dict(input_noise=0.1),
-                                    dict(quotient=True), dict(precision="float64")], ids=str)
+@pytest.mark.parametrize("option", [{}, dict(dropout=0.1), dict(gradient_ulps=1), dict(reduction="element"),
+                                    dict(input_noise=0.1), dict(quotient=True), dict(precision="float64")], ids=str)
 def test_an_epoch_waits_for_the_device_once_at_its_end(monkeypatch, option):
-    trainer = Trainer(replace(TINY, augment="crop", **option), load("digits", train_size=200, test_size=100), torch.device("cpu"))
+    data = load("digits", train_size=200, test_size=100)
+    trainer = Trainer(replace(TINY, augment="crop", **option), data, torch.device("cpu"))
     digested = []
     monkeypatch.setattr(training, "weights_digest", lambda weights: digested.append(trainer.step))
     for epoch in (1, 2):
-        with Waits() as waits: trainer.run_epoch()
+        with Waits() as waits: run_epoch(trainer)
         assert waits.seen == ["_local_scalar_dense"] * 2  # mean loss and accuracy
     assert digested == [4]  # of the weights after step 1, but read after the epoch
 
@@ -122,7 +128,7 @@ def test_steps_are_measured_and_survive_a_pause(tmp_path):
 
 def paused(tmp_path, config=TINY):
     train(config, tmp_path / "run", stop=lambda: True)
-    return tmp_path / "run"
+    return RunFiles(tmp_path / "run")
 
 
 def change(checkpoint, **values):
@@ -132,46 +138,46 @@ def change(checkpoint, **values):
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path):
-    folder = paused(tmp_path)
-    change(folder / "checkpoint.pt", data_digest="0" * 64)
+    files = paused(tmp_path)
+    change(files.checkpoint, data_digest="0" * 64)
     with pytest.raises(ValueError, match="data_digest 0000.*delete the file to start that run again"):
-        train(TINY, folder)
+        train(TINY, files.folder)
 
 
 def test_a_run_does_not_change_between_cpu_and_gpu(tmp_path):
-    folder = paused(tmp_path)
-    change(folder / "checkpoint.pt", device="cuda")
+    files = paused(tmp_path)
+    change(files.checkpoint, device="cuda")
     with pytest.raises(ValueError, match="made with device cuda, this process has cpu"):
-        train(TINY, folder)
+        train(TINY, files.folder)
 
 
 def test_a_run_that_went_on_under_another_commit_says_so(tmp_path):
-    folder = paused(tmp_path)
-    change(folder / "checkpoint.pt", commit="abc")
-    assert train(TINY, folder).record["earlier"] == [{"commit": "abc"}]
+    files = paused(tmp_path)
+    change(files.checkpoint, commit="abc")
+    assert train(TINY, files.folder).record["earlier"] == [{"commit": "abc"}]
 
 
 def test_a_full_disk_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
-    folder, write = paused(tmp_path), training.write_json
+    files, write = paused(tmp_path), records.write_json
     def full(path, value):
-        if path.name == "record.json": raise OSError(28, "No space left on device")
+        if path == files.record: raise OSError(28, "No space left on device")
         write(path, value)
-    monkeypatch.setattr(training, "write_json", full)
+    monkeypatch.setattr(records, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
-        train(TINY, folder)
-    monkeypatch.setattr(training, "write_json", write)
-    assert (folder / "checkpoint.pt").exists() and train(TINY, folder).metrics == train(TINY).metrics
+        train(TINY, files.folder)
+    monkeypatch.setattr(records, "write_json", write)
+    assert files.checkpoint.exists() and train(TINY, files.folder).metrics == train(TINY).metrics
 
 
 def test_metrics_that_were_lost_come_back_from_the_checkpoint(tmp_path):
-    folder = paused(tmp_path)
-    (folder / "metrics.jsonl").unlink()
-    assert train(TINY, folder).metrics == train(TINY).metrics
+    files = paused(tmp_path)
+    files.metrics.unlink()
+    assert train(TINY, files.folder).metrics == train(TINY).metrics
 
 
 def test_a_damaged_record_is_named(tmp_path):
     train(TINY, tmp_path / "run")
-    (tmp_path / "run" / "record.json").write_text("")
+    RunFiles(tmp_path / "run").record.write_text("")
     with pytest.raises(ValueError, match="record.json cannot be read; delete"):
         train(TINY, tmp_path / "run")
 
