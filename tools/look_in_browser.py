@@ -1,8 +1,9 @@
-"""Open every page below some folders in headless Chromium: no console message, no failed load; a screenshot of each to look at.
+"""Open every page below some folders in headless Chromium: no console message, no failed load; a screenshot of each.
 
-    python tests/look_in_browser.py build/site build/report [--shots build/shots] [--width 1280] [--dark]
+    python tools/look_in_browser.py build/site build/report [--shots build/shots] [--width 1280] [--dark]
 
-Needs Chromium (on Debian: apt install chromium). Not part of `make test`, since not every machine has a browser; check_links does what needs none.
+Needs Chromium (on Debian: apt install chromium). Not part of `make test`, since not every machine has a browser;
+check_links does what needs none.
 """
 import argparse
 import os
@@ -29,9 +30,10 @@ def complaints(page: Path, shot: Path, width: int, dark: bool) -> list[str]:
     """What the browser has to say about a page, which it also draws."""
     shot.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser(), "--headless=new", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={profile}",
-                   f"--window-size={width},2400", "--virtual-time-budget=4000", f"--screenshot={shot}", page.absolute().as_uri()]
-        if hasattr(os, "geteuid") and os.geteuid() == 0: command.insert(1, "--no-sandbox")  # which Chromium demands of root
+        command = [browser(), "--headless=new", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+                   f"--user-data-dir={profile}", f"--window-size={width},2400", "--virtual-time-budget=4000",
+                   f"--screenshot={shot}", page.absolute().as_uri()]
+        if hasattr(os, "geteuid") and os.geteuid() == 0: command.insert(1, "--no-sandbox")  # demanded of root
         if dark: command.insert(1, "--blink-settings=preferredColorScheme=0")
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = [next(filter(None, match.groups())) for match in COMPLAINT.finditer(done.stderr)]
@@ -49,7 +51,8 @@ def main() -> None:
     if not pages: sys.exit(f"no pages below {', '.join(map(str, options.folders))}")
     def look(item):
         folder, page = item
-        return page, complaints(page, options.shots / folder.name / page.relative_to(folder).with_suffix(".png"), options.width, options.dark)
+        shot = options.shots / folder.name / page.relative_to(folder).with_suffix(".png")
+        return page, complaints(page, shot, options.width, options.dark)
     with ThreadPoolExecutor(2) as pool: said = dict(pool.map(look, pages))
     for page, lines in said.items():
         for line in lines: print(f"{page}: {line}")

@@ -1,6 +1,6 @@
-"""Exit with an error if a page under a folder leads nowhere, needs a network to be shown, or hides something from a reader who cannot see.
+"""Exit with an error if a page leads nowhere, needs a network, or hides something from a reader who cannot see.
 
-Usage: python tests/check_links.py FOLDER
+    python tools/check_links.py FOLDER
 """
 import re
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src", "object": "data"}
+STYLED = re.compile(r"url\(\s*['\"]?((?:https?:)?//[^)'\"]+)|@import\s+['\"]?(https?:[^;'\"]+)")
 LOADED_RELS = {"stylesheet", "icon", "preload", "modulepreload", "manifest"}
 
 
@@ -73,7 +74,7 @@ def flaws(folder: Path) -> list[str]:
                 wrong += [f"loaded from a network: {link[:80]}"] if link in page.loads else []
             elif not scheme and path.name != "404.html":  # its links count from the top of a server
                 wrong += filter(None, [target(path, link)])
-        for address in re.findall(r"url\(\s*['\"]?((?:https?:)?//[^)'\"]+)|@import\s+['\"]?(https?:[^;'\"]+)", " ".join(page.styles)):
+        for address in STYLED.findall(" ".join(page.styles)):
             wrong.append(f"loaded from a network: {''.join(address)[:80]}")
         found += [f"{path.relative_to(folder)}: {flaw}" for flaw in dict.fromkeys(wrong)]
     return found
