@@ -47,7 +47,7 @@ def propagation(table: pd.DataFrame, # rows of symbreak.propagation.propagate
     return axes
 
 # %% ../nbs/30_plots.ipynb #4ff6fd94
-FLOOR = 1e-9  # where an asymmetry of 0, or anything below this, is drawn
+FLOOR = 1e-9  # where an asymmetry of 0, or anything below this, is drawn unless another floor is asked for
 
 def accuracy(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> Axes:
     "fig04: test accuracy against epoch, one curve per source of symmetry breaking"
@@ -55,10 +55,10 @@ def accuracy(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> A
     ax.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 101))
     return legend_right(ax)
 
-def asymmetry(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> Axes:
+def asymmetry(table: pd.DataFrame, ax: Axes, order: list[str] | None = None, floor: float = FLOOR) -> Axes:
     "fig04, below: asymmetry of the weights against epoch, on a logarithmic axis"
-    lines(table.assign(asymmetry=table.asymmetry.clip(lower=FLOOR)), ax, "epoch", "asymmetry", order=order)
-    ax.set(xlabel="epoch", ylabel=f"asymmetry of the weights\n(0 is drawn at {FLOOR:g})", yscale="log", ylim=(FLOOR / 2, 2))
+    lines(table.assign(asymmetry=table.asymmetry.clip(lower=floor)), ax, "epoch", "asymmetry", order=order)
+    ax.set(xlabel="epoch", ylabel=f"asymmetry of the weights\n(0 is drawn at {floor:g})", yscale="log", ylim=(floor / 2, 2))
     return legend_right(ax)
 
 # %% ../nbs/30_plots.ipynb #116ea563
