@@ -88,7 +88,8 @@ def _card(row, names: list[str]) -> None:
 def tidy_table(html: str, # output of a cell
 ) -> str: # HTML
     "A table as pandas writes it, without its style, and ready for a narrow screen if it has verdicts"
-    html = re.sub(r"<style.*?</style>|\n\s*", "", html, flags=re.DOTALL)
+    if "<table" not in html: return html
+    html = re.sub(r"\s*\n\s*", "\n", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # Markdown minds both
     soup = BeautifulSoup(re.sub(r' (border="1"|style="text-align: right;")', "", html), "html.parser")
     for table in soup.select("table:has(thead)"):
         names = [cell.get_text() for cell in table.thead.find_all("th")]

@@ -55,10 +55,11 @@ def by_claim(rows: pd.DataFrame, # some rows of verdicts
 
 # %% ../nbs/32_report.ipynb #232d24cd
 def headline_table(rows: pd.DataFrame, # as verdicts returns them
+                   pages: dict[str, str], # experiment -> address of what shows it
 ) -> Markup: # HTML
     "The few claims that stand for the rest, a column for each profile"
     profiles = {name: PROFILES[name] for name in PROFILES if name in set(rows.profile)}
-    return templates().get_template("claims.html.j2").module.headlines(by_claim(rows[rows.headline]), profiles)
+    return templates().get_template("claims.html.j2").module.headlines(by_claim(rows[rows.headline]), profiles, pages)
 
 # %% ../nbs/32_report.ipynb #8fab3190
 def devices(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment -> its tidy data
@@ -154,9 +155,10 @@ def _body(rows: pd.DataFrame, sections: list[Section], tables: dict) -> str:
     "The main part of the page, in HTML"
     from symbreak import __version__
     listed = rows.assign(first=~rows.figure.duplicated())  # where links to the claims of a figure lead
+    summary = headline_table(rows, {s.name: f"#{s.name}" for s in sections})
     choices = dict(figure=[s.name for s in sections if s.verdicts], verdict=list(count(rows)), profile=list(tables))
     return templates().get_template("report.html.j2").render(
-        version=__version__, counts=count(rows), headline_table=headline_table(rows), figures=sections, kinds=KINDS,
+        version=__version__, counts=count(rows), headline_table=summary, figures=sections, kinds=KINDS,
         failed=by_claim(rows[rows.verdict == NOT_REPRODUCED]), choices=choices, devices=devices(tables),
         absent=[p for p in PROFILES.values() if p.name not in tables], rows=list(listed.itertuples()))
 

@@ -17,12 +17,14 @@ from symbreak.experiments import PROFILES, collect
 from symbreak.pages import differences, headline
 from symbreak.runs import Store, home
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+                       "gg==")
 
 
 def toy(seeds, repaired=True):
     """Tidy data of fig01."""
-    rows = [dict(alive=True, seed=s, distinct_at_init=q, noise=n, test_accuracy=0.9 if q == 8 or (n and repaired) else 0.1 * q)
+    rows = [dict(alive=True, seed=s, distinct_at_init=q, noise=n,
+                 test_accuracy=0.9 if q == 8 or (n and repaired) else 0.1 * q)
             for s in range(seeds) for q in (1, 2, 4, 8) for n in (0, 0.01)]
     table = pd.DataFrame(rows)
     table.attrs.update(experiment="fig01", missing=0, provenance=provenance(range(seeds)))
@@ -30,7 +32,8 @@ def toy(seeds, repaired=True):
 
 
 def provenance(seeds=(0, 1, 2)):
-    return dict(profile="quick", data=["digits <8x8>"], device=["some device"], torch=["2"], commit=["c0ffee"], seeds=list(seeds))
+    return dict(profile="quick", data=["digits <8x8>"], device=["some device"], torch=["2"], commit=["c0ffee"],
+                seeds=list(seeds))
 
 
 @pytest.fixture
@@ -44,12 +47,13 @@ def results(tmp_path):
     output = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(PNG).decode()})
     table = nbformat.v4.new_output("execute_result", {"text/html": "<table><tr><td>1</td></tr></table>"})
     cells = [nbformat.v4.new_markdown_cell("# A <claim>\n> fig01: accuracy & noise\n\nWith $x_1$ and\n\n$$\\frac12$$"),
-             nbformat.v4.new_code_cell("out = '/home/somebody'\nprofile = 'quick'", metadata=dict(tags=["injected-parameters"])),
+             nbformat.v4.new_code_cell("out = '/home/somebody'\nprofile = 'quick'",
+                                       metadata=dict(tags=["injected-parameters"])),
              nbformat.v4.new_code_cell("plot()", outputs=[output, table])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "fig01.ipynb")
     store = Store(tmp_path / "runs")
-    tables = {name: collect(name, "quick", "cpu", store=store) for name in ("fig01", "fig03", "fig04")} | {"fig01": toy(3)}
-    return tmp_path, tables
+    tables = {name: collect(name, "quick", "cpu", store=store) for name in ("fig01", "fig03", "fig04")}
+    return tmp_path, tables | {"fig01": toy(3)}
 
 
 def written(results, **tables):
@@ -106,14 +110,16 @@ def test_verdicts_are_those_of_the_claims(results):
     assert rows_of(html) == wanted and set(wanted) == {REPRODUCED, NOT_REPRODUCED, NOT_TESTED}
     for verdict in set(wanted): assert f">{wanted.count(verdict)} {verdict}</span>" in html
     failed = html.split('id="not-reproduced"')[1].split("</section>")[0]
-    assert failed.count("<li>") == rows[rows.verdict == NOT_REPRODUCED].statement.nunique() and "Profile cifar" in failed
+    assert failed.count("<li>") == rows[rows.verdict == NOT_REPRODUCED].statement.nunique()
+    assert "Profile cifar" in failed
 
 
 def test_the_summary_states_each_headline_claim_once_with_all_its_profiles(results):
     _, html = written(results, cifar={"fig01": toy(3, repaired=False)})
     table = html.split('id="headlines"')[1].split("</section>")[0]
-    stated = [unescape(text) for text in re.findall(r'<td class="statement">(.*?) <span', table)]
-    wanted = [c.statement for c in CLAIMS if c.headline and c.figure in results[1] and {"quick", "cifar"} & set(c.profiles)]
+    stated = [unescape(text) for text in re.findall(r'<td class="statement">(.*?) \(<a', table)]
+    wanted = [c.statement for c in CLAIMS
+              if c.headline and c.figure in results[1] and {"quick", "cifar"} & set(c.profiles)]
     assert stated == list(dict.fromkeys(wanted))
     assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["Claim", "quick", "cifar"]
 
@@ -148,7 +154,8 @@ def test_missing_figures_are_named_with_the_command_that_makes_them(results):
     _, html = written(results)
     for name in ("fig03", "fig04"):
         assert f"<code>symbreak reproduce {name} --profile quick</code> makes it" in html
-    for profile in PROFILES.keys() - {"quick"}: assert f"<code>symbreak reproduce --profile {profile}</code> makes it" in html
+    for profile in PROFILES.keys() - {"quick"}:
+        assert f"<code>symbreak reproduce --profile {profile}</code> makes it" in html
 
 
 def test_an_old_picture_is_called_old(results):
@@ -233,5 +240,6 @@ def test_the_checker_finds_flaws(tmp_path, page, flaw):
 
 
 def test_the_checker_accepts_links_out_and_within(tmp_path):
-    (tmp_path / "page.html").write_text("<html lang='en'><p id='a'><a href='https://a.example'>x</a><a href='#a'>y</a><a href='page.html#a'>z</a>")
+    links = "<a href='https://a.example'>x</a><a href='#a'>y</a><a href='page.html#a'>z</a>"
+    (tmp_path / "page.html").write_text(f"<html lang='en'><p id='a'>{links}")
     assert flaws(tmp_path) == []
