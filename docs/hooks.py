@@ -124,10 +124,7 @@ def prepared(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def notebook_markdown(notebook: Notebook, root: Path = ROOT) -> str:
     """A notebook as Markdown; that of a figure with links to the files of the figure below its title."""
     shown = presentable(read(notebook.path))
-    tags = [cell.metadata.get("tags", ()) for cell in shown.cells]
-    given = any("injected-parameters" in tag for tag in tags)  # then the defaults say nothing
-    shown.cells = [prepared(cell) for cell, tag in zip(shown.cells, tags)
-                   if not HIDDEN.match(cell.source) and not (given and "parameters" in tag)]
+    shown.cells = [prepared(cell) for cell in shown.cells if not HIDDEN.match(cell.source)]
     if notebook.page.startswith("figures/"): shown.cells.insert(1, nbformat.v4.new_markdown_cell(links(notebook, root)))
     shown.metadata.alt = ": ".join(headline(shown))
     return MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(shown)[0]
