@@ -29,6 +29,7 @@ setup(
         "Programming Language :: Python :: 3",
     ],
     packages=find_packages(include=["symbreak", "symbreak.*"]),
+    package_data={"symbreak": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in EXTRAS},

@@ -1,9 +1,12 @@
-"""What the site takes from the notebooks: a page for each, in reading order, a gallery of figures, a reference page per module.
+"""What the site takes from the notebooks: a page for each, in reading order, a gallery of figures, a reference page per
+module, and on the first page the headline claims, computed from the data in figures/ and results/.
 
-mkdocs calls the functions `on_*`. Notebooks become Markdown by nbconvert, so that the theme treats them like any other page; formulas
-become MathML, which needs no script. Nothing is executed here.
+mkdocs calls the functions `on_*`. Notebooks become Markdown by nbconvert, so that the theme treats them like any other
+page; formulas become MathML, which needs no script. Nothing is executed here.
 """
+import ast
 import re
+from configparser import ConfigParser
 from dataclasses import dataclass
 from functools import cache
 from html import unescape
@@ -13,74 +16,79 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 from symbreak.experiments import EXPERIMENTS
-from symbreak.report import headline, mathml
+from symbreak.pages import asset, headline, mathml, portable, presentable
+from symbreak.headlines import committed_table, lying
+from symbreak.profiles import PROFILES
+from symbreak.report import KINDS, devices, files_there, headline_table, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILES = ("quick", "cifar", "paper")
+
 HIDDEN = re.compile(r"#\|\s*(hide|default_exp)\b")
 DIRECTIVES = re.compile(r"^#\|.*\n?", re.MULTILINE)
+STYLES = ("palette.css", "claims.css")  # shared with the report
+SCALES = {"quick": "digits", "cifar": "CIFAR-10, small", "paper": "the paper's scale"}
+SHOWS = {  # what the navigation calls a figure; one that is not here is called by the name of its file
+    "fig01": "Distinct features of a toy network",
+    "fig02": "Architecture",
+    "fig03": "Signal propagation",
+    "fig04": "Symmetry breaking: accuracy",
+    "fig05": "Symmetry breaking: weight correlation",
+    "fig06": "LeakyNet: averaging blocks",
+    "fig07": "How a perturbation travels",
+    "fig08": "Effective width",
+    "fig11": "Wide network and quotient",
+    "tab01": "Accuracies by data set",
+    "abl01": "Linear or rectified skips",
+    "abl02": "Survival of the first steps",
+    "abl03": "Arithmetic of the device",
+}
 
-TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
-{%- block input -%}
-{%- if cell.source.strip() %}
-````python
-{{ cell.source }}
-````
-{% endif -%}
-{%- endblock input -%}
-{%- block stream %}
-```` { .text .output .no-copy }
-{{ output.text | strip_ansi }}
-````
-{% endblock stream -%}
-{%- block data_text scoped %}
-```` { .text .output .no-copy }
-{{ output.data['text/plain'] | strip_ansi }}
-````
-{% endblock data_text -%}
-{%- block data_png %}
-<img class="figure" alt="{{ nb.metadata.alt | escape }}" src="data:image/png;base64,{{ output.data['image/png'] | replace('\\n', '') }}">
-{% endblock data_png -%}
-{%- block data_html scoped %}
-<div class="output-table" tabindex="0" markdown="0">{{ output.data['text/html'] | without_style }}</div>
-{% endblock data_html -%}
-"""
+TEMPLATE = (Path(__file__).parent / "notebook.md.j2").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Notebook:
     """A notebook and its page."""
 
+    name: str  # module or experiment
     path: Path
     page: str  # address of its page, as Markdown source
     label: str  # what the navigation calls it
-
-    @property
-    def module(self) -> str:
-        """The module that a library notebook exports."""
-        return re.sub(r"^\d+[a-z]?_", "", self.path.stem)
+    profile: str = ""  # at which a figure notebook was executed
 
 
 def notebooks(root: Path = ROOT) -> list[Notebook]:
     """The library notebooks in reading order."""
-    paths = sorted((root / "nbs").glob("[0-9]*.ipynb"))
-    return [Notebook(path, f"argument/{path.stem}.md", re.sub(r"^\d+[a-z]?_", "", path.stem)) for path in paths]
+    paths = {re.sub(r"^\d+[a-z]?_", "", path.stem): path for path in sorted((root / "nbs").glob("[0-9]*.ipynb"))}
+    return [Notebook(name, path, f"argument/{path.stem}.md", name) for name, path in paths.items()]
 
 
-def figure_paths(root: Path = ROOT) -> list[Path]:
-    """The committed figure notebooks, in the order of the experiments."""
-    order = {name: place for place, name in enumerate(EXPERIMENTS)}
-    return sorted((root / "nbs" / "figures").glob("*.ipynb"), key=lambda path: (order.get(path.stem.partition("_")[0], len(order)), path.stem))
+def figure_paths(root: Path = ROOT) -> dict[str, Path]:
+    """The committed figure notebooks by experiment, in the order of the experiments."""
+    found = {path.stem.partition("_")[0]: path for path in sorted((root / "nbs" / "figures").glob("*.ipynb"))}
+    return {name: found[name] for name in dict.fromkeys((*EXPERIMENTS, *found)) if name in found}
+
+
+def label(name: str, path: Path) -> str:
+    """What a figure shows, in a few words."""
+    return SHOWS.get(name) or path.stem.partition("_")[2].replace("_", " ").capitalize()
+
+
+def scale(profile: str) -> str:
+    """What a profile is, in a few words."""
+    return SCALES.get(profile, profile)
 
 
 def figure_notebooks(root: Path = ROOT) -> list[Notebook]:
     """The figure notebooks: as executed at each profile where there is one, as committed otherwise."""
     found = []
-    for path in figure_paths(root):
-        name = path.stem.partition("_")[0]
-        executed = [(profile, root / "figures" / profile / f"{name}.ipynb") for profile in PROFILES]
-        pages = [Notebook(p, f"figures/{name}-{profile}.md", f"{name} ({profile})") for profile, p in executed if p.exists()]
-        found += pages or [Notebook(path, f"figures/{name}.md", name)]
+    for name, path in figure_paths(root).items():
+        shows, mine = label(name, path), []
+        for profile in PROFILES:
+            executed = files_there(name, profile, root / "figures").get("ipynb")
+            about = f"{shows} ({scale(profile)})"
+            if executed: mine.append(Notebook(name, executed, f"figures/{name}-{profile}.md", about, profile))
+        found += mine or [Notebook(name, path, f"figures/{name}.md", shows)]
     return found
 
 
@@ -89,34 +97,58 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, 4)
 
 
-def without_style(html: str) -> str:
-    """Tables as pandas writes them, without their own style sheet and border."""
-    html = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
-    return re.sub(r"\n\s*", "", re.sub(r' (border="1"|style="text-align: right;")', "", html))
+def fold(cell: nbformat.NotebookNode) -> str:
+    """What the lid says of a cell that few readers open: imports, private helpers, parameters; else nothing."""
+    tags = cell.metadata.get("tags", ())
+    if "parameters" in tags or "injected-parameters" in tags: return "Parameters"
+    try: statements = ast.parse(cell.source).body
+    except SyntaxError: return ""  # such as a line for the shell
+    if statements and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements): return "Imports"
+    names = [getattr(s, "name", "") for s in statements]
+    if not names or not all(name.startswith("_") for name in names): return ""
+    return "Helpers: " + ", ".join(f"<code>{name}</code>" for name in names)
 
 
-def notebook_markdown(notebook: Notebook) -> str:
-    """A notebook as Markdown, without what only nbdev and papermill need."""
-    shown = nbformat.from_dict(read(notebook.path))
-    shown.cells = [cell for cell in shown.cells if not HIDDEN.match(cell.source)]
-    for cell in shown.cells:
-        if cell.cell_type == "code":
-            cell.source = DIRECTIVES.sub("", cell.source)
-        else:  # anchors are in lower case here, and a displayed formula needs a paragraph of its own
-            cell.source = re.sub(r"\]\(#([^)]+)\)", lambda found: found[0].lower(), cell.source)
-            cell.source = re.sub(r"\s*(\$\$.+?\$\$)\s*", r"\n\n\1\n\n", cell.source, flags=re.DOTALL)
-        if "injected-parameters" in cell.metadata.get("tags", ()):
-            cell.source = re.sub(r"^out = .*\n?", "", cell.source, flags=re.MULTILINE)
+def prepared(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A cell without what only nbdev needs."""
+    if cell.cell_type == "code":
+        cell.source = DIRECTIVES.sub("", cell.source)
+        cell.metadata.fold = fold(cell)
+    else:  # anchors are in lower case here, and a displayed formula needs a paragraph of its own
+        cell.source = re.sub(r"\]\(#([^)]+)\)", lambda found: found[0].lower(), cell.source)
+        cell.source = re.sub(r"\s*(\$\$.+?\$\$)\s*", r"\n\n\1\n\n", cell.source, flags=re.DOTALL)
+    return cell
+
+
+def notebook_markdown(notebook: Notebook, root: Path = ROOT) -> str:
+    """A notebook as Markdown; that of a figure with links to the files of the figure below its title."""
+    shown = presentable(read(notebook.path))
+    shown.cells = [prepared(cell) for cell in shown.cells if not HIDDEN.match(cell.source)]
+    if notebook.page.startswith("figures/"): shown.cells.insert(1, nbformat.v4.new_markdown_cell(links(notebook, root)))
     shown.metadata.alt = ": ".join(headline(shown))
-    exporter = MarkdownExporter(raw_template=TEMPLATE, filters={"without_style": without_style})
-    return exporter.from_notebook_node(shown)[0]
+    return MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(shown)[0]
+
+
+def named(name: str, profile: str, above: str, root: Path = ROOT) -> str:
+    """Links to the files of a figure at a profile, as Markdown; empty if there are none."""
+    kinds = files_there(name, profile, root / "figures")
+    return ", ".join(f"[{KINDS[kind]}]({above}{profile}/{name}.{kind})" for kind in kinds)
+
+
+def links(notebook: Notebook, root: Path = ROOT) -> str:
+    """The files of a figure at every profile, those of its page first, as Markdown."""
+    found = [] if notebook.profile else [f"[{KINDS['ipynb']}, as committed]({notebook.path.name})"]
+    for profile in sorted(PROFILES, key=lambda profile: profile != notebook.profile):
+        here = ", which this page shows" if profile == notebook.profile else ""
+        if there := named(notebook.name, profile, "", root): found.append(f"{scale(profile)}{here}: {there}")
+    return "Files: " + "; ".join(found) + ".\n{ .files }"
 
 
 def expand(nav: list, root: Path = ROOT) -> list:
     """The navigation with its lists of notebooks, figures and modules filled in."""
     more = {"argument.md": [{n.label: n.page} for n in notebooks(root)],
             "figures.md": [{n.label: n.page} for n in figure_notebooks(root)],
-            "reference.md": [{n.module: f"reference/{n.module}.md"} for n in notebooks(root)]}
+            "reference.md": [{n.name: f"reference/{n.name}.md"} for n in notebooks(root)]}
     return [{title: [pages[0], *more[pages[0]]] if isinstance(pages, list) and "..." in pages else pages
              for title, pages in item.items()} for item in nav]
 
@@ -126,37 +158,64 @@ def reading_list(root: Path = ROOT) -> str:
     lines = []
     for number, notebook in enumerate(notebooks(root), 1):
         node = read(notebook.path)
-        body = re.sub(r"^[#>].*\n?", "", node.cells[0].source, flags=re.MULTILINE).strip().split("\n\n")[0].replace("\n", " ")
-        lines.append(f"{number}. **[{notebook.label}]({notebook.page})**: {headline(node)[1]}.\n\n    {body}\n")
+        body = re.sub(r"^[#>].*\n?", "", node.cells[0].source, flags=re.MULTILINE).strip()
+        about = body.split("\n\n")[0].replace("\n", " ")
+        lines.append(f"{number}. **[{notebook.label}]({notebook.page})**: {headline(node)[1]}.\n\n    {about}\n")
     return "\n".join(lines)
 
 
 def gallery(root: Path = ROOT) -> str:
-    """Every figure that there is, at every profile, with a link to its notebook: as executed at that profile, or else as committed."""
-    pages = {Path(n.page).stem: n.page for n in figure_notebooks(root)}
-    parts = []
-    for path in figure_paths(root):
+    """Every figure that there is, at every profile, with links to its files and to its notebook's page."""
+    made, parts = figure_notebooks(root), []
+    for name, path in figure_paths(root).items():
         title, subtitle = headline(read(path))
-        name = path.stem.partition("_")[0]
-        mine = {profile: page for profile in ("", *PROFILES) if (page := pages.get(f"{name}-{profile}".strip("-")))}
-        parts.append(f"## {name}: {title}\n\n{subtitle[:1].upper()}{subtitle[1:].rstrip('.')}{'' if subtitle.endswith('?') else '.'}\n")
-        for profile in PROFILES:
-            if (root / "figures" / profile / f"{name}.png").exists():
-                page = mine.get(profile, next(iter(mine.values())))
-                which = "the notebook" if profile in mine else "the notebook (its outputs are those of another profile)"
-                parts.append(f"Profile `{profile}`, [{which}]({page}):\n\n[![{name} at profile {profile}: {subtitle}](figures/{profile}/{name}.png)]({page})\n")
+        pages = {n.profile: n.page for n in made if n.name == name}
+        about = subtitle[:1].upper() + subtitle[1:].rstrip(".") + ("" if subtitle.endswith("?") else ".")
+        parts.append(f"## {label(name, path)}\n\n**{name}: {title}**\n\n{about}\n")
+        parts += [shown(name, profile, subtitle, pages, root) for profile in PROFILES]
     return "\n".join(parts)
 
 
-def pictures(root: Path = ROOT) -> dict[str, Path]:
-    """Pictures by their address on the site."""
-    return {f"figures/{p.parent.name}/{p.name}": p for profile in PROFILES for p in sorted((root / "figures" / profile).glob("*.png"))}
+def shown(name: str, profile: str, subtitle: str, pages: dict[str, str], root: Path) -> str:
+    """The picture of a figure at a profile, with its links, as Markdown; empty if there is none."""
+    if "png" not in files_there(name, profile, root / "figures"): return ""
+    page = pages.get(profile, next(iter(pages.values())))
+    which = "notebook" if profile in pages else "notebook (with the outputs of another profile)"
+    files = named(name, profile, "figures/", root)
+    return (f"[![{name} at profile {profile}: {subtitle}](figures/{profile}/{name}.png)]({page})\n\n"
+            f"Profile `{profile}` ({scale(profile)}): [{which}]({page}), {files}.\n{{ .files }}\n")
+
+
+def downloads(root: Path = ROOT) -> dict[str, Path]:
+    """Pictures, data and notebooks of the figures, and the citation, by their address on the site."""
+    found = {f"figures/{profile}/{path.name}": path for name in figure_paths(root) for profile in PROFILES
+             for path in files_there(name, profile, root / "figures").values()}
+    committed = {f"figures/{n.path.name}": n.path for n in figure_notebooks(root) if not n.profile}
+    return found | committed | {"CITATION.cff": root / "CITATION.cff"}
+
+
+def claims() -> str:
+    """The headline claims with their verdicts, and what they were measured on."""
+    found = {profile: {name: table for name in EXPERIMENTS if (table := committed_table(name, profile, lying)) is not None}
+             for profile in PROFILES}
+    tables = {profile: named for profile, named in found.items() if named}
+    pages = {n.name: n.page.replace(".md", ".html") for n in figure_notebooks()}
+    measured = "; ".join(f"{scale(profile)}: {used}" for profile, used in devices(tables).items())
+    return f"{headline_table(verdicts(tables), pages)}\n\nMeasured on: {measured}.\n{{ .files }}"
+
+
+def repository(root: Path = ROOT) -> str:
+    """The address of the repository, as the package's metadata have it."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(root / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"]["git_url"]
 
 
 def reference(notebook: Notebook) -> str:
     """The reference page of a module."""
     link = f"[`nbs/{notebook.path.name}`](../{notebook.page})"
-    return f"# symbreak.{notebook.module}\n\nWritten in the notebook {link}, with examples and tests.\n\n::: symbreak.{notebook.module}\n"
+    return (f"# symbreak.{notebook.name}\n\nWritten in the notebook {link}, with examples and tests.\n\n"
+            f"::: symbreak.{notebook.name}\n")
 
 
 def with_mathml(html: str) -> str:
@@ -170,23 +229,30 @@ def with_mathml(html: str) -> str:
 # What mkdocs calls, in this order.
 
 def on_config(config):
-    config.nav = expand(config.nav)
+    config.nav = [*expand(config.nav), {"Repository": repository()}]
+    config.extra_css = [*STYLES, *config.extra_css]
     return config
 
 
 def on_files(files, config):
     from mkdocs.structure.files import File
     made = {n.page: notebook_markdown(n) for n in notebooks() + figure_notebooks()}
-    made |= {f"reference/{n.module}.md": reference(n) for n in notebooks()}
-    for page, text in made.items():
-        files.append(File.generated(config, page, content=text))
-    for address, path in pictures().items():
-        files.append(File.generated(config, address, abs_src_path=str(path)))
+    made |= {f"reference/{n.name}.md": reference(n) for n in notebooks()}
+    made |= {name: asset(name) for name in STYLES}
+    copied = downloads()
+    made |= {address: nbformat.writes(portable(read(p))) for address, p in copied.items() if p.suffix == ".ipynb"}
+    for address, text in made.items():
+        files.append(File.generated(config, address, content=text))
+    for address in copied.keys() - made.keys():
+        files.append(File.generated(config, address, abs_src_path=str(copied[address])))
     return files
 
 
+FILLED = {"reading list": reading_list, "gallery": gallery, "headline claims": claims,
+          "repository": lambda: f"[{repository()}]({repository()})"}
+
 def on_page_markdown(markdown, page, config, files):
-    return markdown.replace("<!-- reading list -->", reading_list()).replace("<!-- gallery -->", gallery())
+    return re.sub(r"<!-- ([a-z ]+) -->", lambda found: FILLED[found[1]](), markdown)
 
 
 def on_page_content(html, page, config, files):

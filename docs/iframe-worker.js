@@ -1,4 +1,5 @@
-/* Search runs in a worker, which browsers refuse to pages that are opened from disk; there, run its script in a hidden frame instead. */
+/* Search runs in a worker, which browsers refuse to pages that are opened from disk; there, run its script in a hidden
+   frame instead. */
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
@@ -13,7 +14,8 @@ if (location.protocol === "file:") {
         Object.assign(script, { src: source, onload: resolve, onerror: reject, async: false });
         inside.document.body.appendChild(script);
       });
-      inside.importScripts = (...sources) => sources.reduce((before, source) => before.then(() => load(source)), Promise.resolve());
+      inside.importScripts = (...sources) =>
+        sources.reduce((before, source) => before.then(() => load(source)), Promise.resolve());
       inside.postMessage = data => this.dispatchEvent(new MessageEvent("message", { data }));
       this.inside = inside;
       this.ready = load(new URL(url, location.href).href);

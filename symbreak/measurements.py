@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import symbreak
 from .anatomy import describe
-from .breaking import numerics
+from .numerics import numerics
 from .config import resolve_device
 from .data import load
 from .experiments import STRINGS, Request

@@ -1,9 +1,10 @@
-"""The documentation site, as far as it can be checked without building it: `make docs` does that, and checks every link."""
+"""The documentation site, as far as it can be checked without building it, which `make docs` does, with every link."""
 import ast
 import importlib.util
 import re
 import sys
 from functools import partial
+from html import unescape
 from pathlib import Path
 
 import nbformat
@@ -11,9 +12,10 @@ import pytest
 import submitit
 import yaml
 
-from symbreak import report
+from symbreak import pages
+from symbreak.claims import CLAIMS
 from symbreak.config import Config
-from symbreak.report import mathml
+from symbreak.pages import mathml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -30,8 +32,8 @@ def hooks():
 
 
 HOOKS = hooks()
-MADE = ([n.page for n in HOOKS.notebooks() + HOOKS.figure_notebooks()] + [f"reference/{n.module}.md" for n in HOOKS.notebooks()]
-        + list(HOOKS.pictures()))
+MADE = [*(n.page for n in HOOKS.notebooks() + HOOKS.figure_notebooks()),
+        *(f"reference/{n.name}.md" for n in HOOKS.notebooks()), *HOOKS.downloads()]
 
 
 def leaves(nav):
@@ -56,8 +58,46 @@ def test_every_page_of_the_navigation_exists_and_every_page_is_in_it():
 
 def test_the_gallery_shows_every_committed_picture():
     shown = re.findall(r"\]\((figures/\w+/\w+\.png)\)\]\((figures/[\w-]+\.md)\)", HOOKS.gallery())
-    assert {picture for picture, _ in shown} == set(HOOKS.pictures())
+    assert {picture for picture, _ in shown} == {address for address in HOOKS.downloads() if address.endswith(".png")}
     assert {page for _, page in shown} <= set(MADE)
+
+
+def test_navigation_says_what_a_figure_shows():
+    labels = [n.label for n in HOOKS.figure_notebooks()]
+    assert len(set(labels)) == len(labels) and not any(re.search(r"(fig|tab|abl)\d", label) for label in labels)
+    assert HOOKS.label("fig99", Path("fig99_break_time.ipynb")) == "Break time"
+
+
+def test_every_figure_page_links_its_data_its_picture_and_its_notebook():
+    for notebook in HOOKS.figure_notebooks():
+        text = HOOKS.notebook_markdown(notebook)
+        linked = {f"figures/{address}" for address in re.findall(r"\]\(([\w/]+\.(?:csv|png|svg|ipynb))\)", text)}
+        assert linked <= set(HOOKS.downloads())
+        assert {"csv", "png", "ipynb"} <= {Path(address).suffix[1:] for address in linked}, notebook.page
+        assert linked >= {a for a in HOOKS.downloads() if re.match(rf"figures/\w+/{notebook.name}\.", a)}
+
+
+def test_what_few_readers_open_is_folded_and_nothing_else():
+    def cell(source, *tags): return nbformat.v4.new_code_cell(source, metadata=dict(tags=list(tags)))
+    assert HOOKS.fold(cell("import os\nfrom pathlib import Path")) == "Imports"
+    assert HOOKS.fold(cell("def _one(): pass\nclass _Two: pass")) == "Helpers: <code>_one</code>, <code>_Two</code>"
+    assert HOOKS.fold(cell("x = 1", "parameters")) == "Parameters"
+    for shown in ("import os\nos.getcwd()", "def one(): pass\ndef _two(): pass", "", "!ls"):
+        assert HOOKS.fold(cell(shown)) == ""
+    text = HOOKS.notebook_markdown(HOOKS.notebooks()[0])
+    assert text.count("<summary>Imports</summary>") == 1 and text.count("<details") == text.count("</details>")
+
+
+def test_the_first_page_shows_a_titled_figure_and_every_headline_claim_once():
+    text = (DOCS / "index.md").read_text()
+    assert text.index("**Identical features train") < text.index("(figures/cifar/fig04.png)") < text.index("```")
+    filled = HOOKS.on_page_markdown(text, None, None, None)
+    assert "<!--" not in filled and HOOKS.repository().startswith("https://") and HOOKS.repository() in filled
+    assert "(CITATION.cff)" in filled
+    stated = [unescape(found) for found in re.findall(r'<td class="statement">(.*?) \(<a', filled)]
+    assert stated and len(set(stated)) == len(stated)
+    assert set(stated) <= {claim.statement for claim in CLAIMS if claim.headline}
+    for address in re.findall(r'<a href="(figures/[^"]*)\.html">', filled): assert f"{address}.md" in MADE
 
 
 def test_notebooks_come_in_reading_order():
@@ -97,10 +137,10 @@ def test_options_of_the_command_that_pages_mention_exist(capsys):
 
 def test_every_formula_of_the_notebooks_is_drawn(monkeypatch):
     drawn = []
-    monkeypatch.setattr(report, "mathml", lambda tex, display=False: drawn.append((tex, mathml(tex, display))) or "")
+    monkeypatch.setattr(pages, "mathml", lambda tex, display=False: drawn.append((tex, mathml(tex, display))) or "")
     for path in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "figures").glob("*.ipynb")]:
         for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "markdown": report.markdown(cell.source)
+            if cell.cell_type == "markdown": pages.markdown(cell.source)
     assert len(drawn) > 100
     assert [tex for tex, html in drawn if not html.startswith("<math")] == []
 
@@ -113,7 +153,8 @@ def test_notebook_pages_keep_results_and_hide_machinery():
 
 
 def test_formulas_become_mathml():
-    html = HOOKS.with_mathml('<p><span class="arithmatex">\\(x &lt; y\\)</span></p><div class="arithmatex">\\[\\mu\\]</div>')
+    inline, display = '<span class="arithmatex">\\(x &lt; y\\)</span>', '<div class="arithmatex">\\[\\mu\\]</div>'
+    html = HOOKS.with_mathml(f"<p>{inline}</p>{display}")
     assert html.count("<math") == 2 and html.count('display="block"') == 1 and "arithmatex" not in html
 
 

@@ -3,6 +3,8 @@ import base64
 import json
 import re
 from html import unescape
+from importlib.resources import files
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -10,16 +12,21 @@ import pytest
 from check_links import Page, flaws
 
 from symbreak import cli, report
-from symbreak.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, check
-from symbreak.experiments import PROFILES, collect
+from symbreak.claims import CLAIMS
+from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
+from symbreak.profiles import PROFILES
+from symbreak.results import collect
+from symbreak.pages import differences, headline
 from symbreak.runs import Store, home
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+                       "gg==")
 
 
 def toy(seeds, repaired=True):
     """Tidy data of fig01."""
-    rows = [dict(alive=True, seed=s, distinct_at_init=q, noise=n, test_accuracy=0.9 if q == 8 or (n and repaired) else 0.1 * q)
+    rows = [dict(alive=True, seed=s, distinct_at_init=q, noise=n,
+                 test_accuracy=0.9 if q == 8 or (n and repaired) else 0.1 * q)
             for s in range(seeds) for q in (1, 2, 4, 8) for n in (0, 0.01)]
     table = pd.DataFrame(rows)
     table.attrs.update(experiment="fig01", missing=0, provenance=provenance(range(seeds)))
@@ -27,7 +34,8 @@ def toy(seeds, repaired=True):
 
 
 def provenance(seeds=(0, 1, 2)):
-    return dict(profile="quick", data=["digits <8x8>"], device=["some device"], torch=["2"], commit=["c0ffee"], seeds=list(seeds))
+    return dict(profile="quick", data=["digits <8x8>"], device=["some device"], torch=["2"], commit=["c0ffee"],
+                seeds=list(seeds))
 
 
 @pytest.fixture
@@ -36,16 +44,18 @@ def results(tmp_path):
     folder = tmp_path / "figures" / "quick"
     folder.mkdir(parents=True)
     (folder / "fig01.png").write_bytes(PNG)
+    (folder / "fig01.csv").write_text("seed\n0\n")
     (folder / "fig01.json").write_text(json.dumps(dict(experiment="fig01", provenance=provenance(), missing=0)))
     output = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(PNG).decode()})
     table = nbformat.v4.new_output("execute_result", {"text/html": "<table><tr><td>1</td></tr></table>"})
     cells = [nbformat.v4.new_markdown_cell("# A <claim>\n> fig01: accuracy & noise\n\nWith $x_1$ and\n\n$$\\frac12$$"),
-             nbformat.v4.new_code_cell("out = '/home/somebody'\nprofile = 'quick'", metadata=dict(tags=["injected-parameters"])),
+             nbformat.v4.new_code_cell("out = '/home/somebody'\nprofile = 'quick'",
+                                       metadata=dict(tags=["injected-parameters"])),
              nbformat.v4.new_code_cell("plot()", outputs=[output, table])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "fig01.ipynb")
     store = Store(tmp_path / "runs")
-    tables = {name: collect(name, "quick", "cpu", store=store) for name in ("fig01", "fig03", "fig04")} | {"fig01": toy(3)}
-    return tmp_path, tables
+    tables = {name: collect(name, "quick", "cpu", store=store) for name in ("fig01", "fig03", "fig04")}
+    return tmp_path, tables | {"fig01": toy(3)}
 
 
 def written(results, **tables):
@@ -66,38 +76,88 @@ def test_pages_stand_alone_and_links_resolve(results):
     assert notebooks == {"quick-fig01", "quick-fig03", "quick-fig04"}
     for path in index.parent.rglob("*.html"):
         text, page = path.read_text(encoding="utf-8"), Page(path.read_text(encoding="utf-8"))
-        assert text.startswith("<!doctype html>") and 'lang="en"' in text and "<script" not in text
-        assert all(source.startswith("data:") for source in page.loads)
+        assert text.startswith("<!doctype html>") and 'lang="en"' in text and text.count("<script") == (path == index)
+        assert all(source.startswith(("data:", "figures/")) for source in page.loads)
         assert not re.search(r"https?://", re.sub(r'<a [^>]*href="[^"]*"|xmlns="[^"]*"', "", text))
 
 
 def test_every_figure_has_alternative_text_and_provenance(results):
     _, html = written(results)
     pictures = re.findall(r"<img [^>]*>", html)
-    assert len(pictures) == 1 and html.count("<figure>") == 1
-    alt = unescape(re.search(r'alt="([^"]*)"', pictures[0])[1])
-    assert alt == f"fig01 at profile quick: {report.headline(report.find_notebooks()['fig01'])[1]}" and len(alt) > 50
+    assert len(pictures) == 2 and html.count("<figure>") == 1  # a thumbnail, and the picture
+    alt = unescape(re.search(r'alt="([^"]*)"', pictures[1])[1])
+    assert alt == f"fig01 at profile quick: {headline(report.find_notebooks()['fig01'])[1]}" and len(alt) > 50
     assert "digits &lt;8x8&gt; | some device | torch 2 | seeds 0-2 | commit c0ffee" in html  # escaped
     assert 'href="notebooks/quick-fig01.html">Notebook with its results' in html
 
 
+def test_every_figure_links_its_data_its_picture_and_its_notebook(results):
+    index, html = written(results)
+    kinds = [address for address in re.findall(r'<a href="(figures/[^"]*)" download>', html) if "fig01" in address]
+    assert kinds == [f"figures/quick/fig01.{kind}" for kind in ("csv", "png", "ipynb")]
+    for kind in ("csv", "png"):
+        copied = index.parent / "figures" / "quick" / f"fig01.{kind}"
+        assert copied.read_bytes() == (results[0] / "figures" / "quick" / f"fig01.{kind}").read_bytes()
+    notebook = nbformat.read(index.parent / "figures" / "quick" / "fig01.ipynb", 4)
+    assert notebook.cells[2].outputs and "/home/somebody" not in nbformat.writes(notebook)
+    page = (index.parent / "notebooks" / "quick-fig01.html").read_text(encoding="utf-8")
+    assert 'href="../figures/quick/fig01.csv"' in page and 'href="../index.html#fig01"' in page
+
+
 def test_verdicts_are_those_of_the_claims(results):
-    _, html = written(results, cifar={"fig01": toy(3, repaired=False)}, paper={"fig01": toy(0)})
-    _, quick = results
-    wanted = [verdict for name, table in quick.items() for verdict in check(name, table, "quick").verdict]
-    wanted += list(check("fig01", toy(3, repaired=False), "cifar").verdict) + list(check("fig01", toy(0), "paper").verdict)
-    assert rows_of(html) == wanted
-    assert {REPRODUCED, NOT_REPRODUCED, NOT_TESTED} == set(wanted)
-    for verdict in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED): assert f">{wanted.count(verdict)} {verdict}</span>" in html
+    tables = dict(quick=results[1], cifar={"fig01": toy(3, repaired=False)}, paper={"fig01": toy(0)})
+    _, html = written(results, **{name: table for name, table in tables.items() if name != "quick"})
+    rows = report.verdicts(tables)
+    wanted = list(rows.verdict)
+    assert rows_of(html) == wanted and set(wanted) == {REPRODUCED, NOT_REPRODUCED, NOT_TESTED}
+    for verdict in set(wanted): assert f">{wanted.count(verdict)} {verdict}</span>" in html
     failed = html.split('id="not-reproduced"')[1].split("</section>")[0]
-    assert failed.count("<li>") == wanted.count(NOT_REPRODUCED) and "profile cifar" in failed
+    assert failed.count("<li>") == rows[rows.verdict == NOT_REPRODUCED].statement.nunique()
+    assert "Profile cifar" in failed
+
+
+def test_the_summary_states_each_headline_claim_once_with_all_its_profiles(results):
+    _, html = written(results, cifar={"fig01": toy(3, repaired=False)})
+    table = html.split('id="headlines"')[1].split("</section>")[0]
+    stated = [unescape(text) for text in re.findall(r'<td class="statement">(.*?) \(<a', table)]
+    wanted = [c.statement for c in CLAIMS
+              if c.headline and c.figure in results[1] and {"quick", "cifar"} & set(c.profiles)]
+    assert stated == list(dict.fromkeys(wanted))
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == ["Claim", "quick", "cifar"]
+
+
+def test_the_claims_can_be_filtered_by_what_the_rows_say_of_themselves(results):
+    _, html = written(results, cifar={"fig01": toy(3)})
+    form = html.split('<form class="filter"')[1].split("</form>")[0]
+    assert form.split(">")[0].endswith("hidden")  # until a script shows it
+    rows = re.findall(r'<tr data-figure="(\w+)" data-verdict="([\w ]+)" data-profile="(\w+)"', html)
+    assert len(rows) == len(rows_of(html))
+    for values in zip(*rows):
+        for value in set(values): assert f"<option>{value}</option>" in form
+    script = html.split("<script>")[1]
+    for name in re.findall(r'name="(\w+)"', form): assert name in script
+    for figure in {row[0] for row in rows}: assert html.count(f'id="claims-{figure}"') == 1
+
+
+def test_the_device_is_said_once_per_profile_and_not_in_every_row(results):
+    _, html = written(results, cifar={"fig01": toy(3)})
+    table = html.split('id="all-claims"')[1]
+    assert "Device at profile quick: some device." in table and "Device at profile cifar: some device." in table
+    assert "some device" not in table.split("<tbody>")[1]
+
+
+def test_the_style_sheets_and_templates_are_installed_with_the_package():
+    packaged = (Path(report.__file__).parents[1] / "setup.py").read_text()
+    assert 'package_data={"symbreak": ["assets/*"]}' in packaged
+    assert {p.name for p in (files("symbreak") / "assets").iterdir()} >= {"page.css", "report.html.j2", "filter.js"}
 
 
 def test_missing_figures_are_named_with_the_command_that_makes_them(results):
     _, html = written(results)
     for name in ("fig03", "fig04"):
         assert f"<code>symbreak reproduce {name} --profile quick</code> makes it" in html
-    for profile in PROFILES.keys() - {"quick"}: assert f"<code>symbreak reproduce --profile {profile}</code> makes it" in html
+    for profile in PROFILES.keys() - {"quick"}:
+        assert f"<code>symbreak reproduce --profile {profile}</code> makes it" in html
 
 
 def test_an_old_picture_is_called_old(results):
@@ -110,7 +170,7 @@ def test_an_old_picture_is_called_old(results):
 def test_where_we_differ_is_copied_from_the_notebooks(results):
     _, html = written(results)
     for name in ("fig01", "fig03", "fig04"):
-        listed = re.findall(r"^\d+\. ", report.differences(report.find_notebooks()[name]), re.MULTILINE)
+        listed = re.findall(r"^\d+\. ", differences(report.find_notebooks()[name]), re.MULTILINE)
         assert listed and html.split(f'<h3 id="{name}">')[1].split("</section>")[0].count("<li>") == len(listed)
 
 
@@ -127,7 +187,7 @@ def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(results):
     before = {p: p.read_bytes() for p in index.parent.rglob("*") if p.is_file()}
     written(results)
     assert {p: p.read_bytes() for p in index.parent.rglob("*") if p.is_file()} == before
-    assert {p.suffix for p in before} == {".html"}
+    assert {p.suffix for p in before} == {".html", ".png", ".csv", ".ipynb"}
 
 
 def test_a_failure_leaves_the_old_report(results, monkeypatch):
@@ -182,5 +242,6 @@ def test_the_checker_finds_flaws(tmp_path, page, flaw):
 
 
 def test_the_checker_accepts_links_out_and_within(tmp_path):
-    (tmp_path / "page.html").write_text("<html lang='en'><p id='a'><a href='https://a.example'>x</a><a href='#a'>y</a><a href='page.html#a'>z</a>")
+    links = "<a href='https://a.example'>x</a><a href='#a'>y</a><a href='page.html#a'>z</a>"
+    (tmp_path / "page.html").write_text(f"<html lang='en'><p id='a'>{links}")
     assert flaws(tmp_path) == []
