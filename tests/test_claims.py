@@ -9,7 +9,6 @@ import pytest
 from symbreak import claims, experiments
 from symbreak.claims import CLAIMS, check
 from symbreak.experiments import EXPERIMENTS, Experiment, Planned, Request, last_row, outline, plan
-from symbreak.profiles import PROFILES
 from symbreak.results import collect, reproduce
 from symbreak.runs import Store, default_store
 from symbreak.summaries import at_end, gap
@@ -40,13 +39,10 @@ def test_hashes_of_planned_runs_never_change():
 
 
 def test_results_of_the_repository_are_found():
-    """Whatever is committed belongs to a planned run, and figures of `cifar` are complete."""
-    archives = default_store().archives
-    planned = {p.config.hash for profile in PROFILES for name in EXPERIMENTS for p in plan(Request(name, profile))}
-    lying = {path.parent.name for archive in archives for path in archive.glob("*/record.json")}
-    assert lying <= planned
-    store = Store(Path("nowhere"), archives)
-    assert {name: collect(name, "cifar", store=store).attrs["missing"] for name in EXPERIMENTS} == dict.fromkeys(EXPERIMENTS, 0)
+    """Figures of `cifar` need no training: every run that they plan is committed."""
+    store = Store(Path("nowhere"), default_store().archives)
+    missing = {name: collect(name, "cifar", store=store).attrs["missing"] for name in EXPERIMENTS}
+    assert missing == dict.fromkeys(EXPERIMENTS, 0)
 
 
 def test_columns_of_facts_are_in_every_table():

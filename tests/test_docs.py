@@ -15,6 +15,7 @@ import yaml
 from symbreak import pages
 from symbreak.claims import CLAIMS
 from symbreak.config import Config
+from symbreak.experiments import Planned
 from symbreak.pages import mathml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +97,7 @@ def test_the_first_page_shows_a_titled_figure_and_every_headline_claim_once():
     assert "(CITATION.cff)" in filled
     stated = [unescape(found) for found in re.findall(r'<td class="statement">(.*?) \(<a', filled)]
     assert stated and len(set(stated)) == len(stated)
-    assert set(stated) <= {claim.statement for claim in CLAIMS if claim.headline}
+    assert set(stated) <= {claim.headline for claim in CLAIMS if claim.headline}
     for address in re.findall(r'<a href="(figures/[^"]*)\.html">', filled): assert f"{address}.md" in MADE
 
 
@@ -160,7 +161,7 @@ def test_formulas_become_mathml():
 
 def test_the_slurm_page_trains(tmp_path, monkeypatch):
     """Its first block as it stands, but for a local executor and one tiny run."""
-    tiny = [("tiny", Config(depth=7, width=1, epochs=1, train_size=200, test_size=100))]
+    tiny = [Planned("tiny", Config(depth=7, width=1, epochs=1, train_size=200, test_size=100))]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(submitit, "AutoExecutor", partial(submitit.AutoExecutor, cluster="local"))
