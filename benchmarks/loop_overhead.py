@@ -2,10 +2,12 @@
 
     python benchmarks/loop_overhead.py [--rounds 7]
 
-Each round times, in turns, the same number of steps (a) on a fixed batch and (b) as an epoch of the loop: shuffled and augmented batches, loss and accuracy,
-metrics as JSON lines. It also times (c) one measurement of diversity and (d) one pass over the test images. `loop` is (b) over (a); `loop + measuring` adds (c), spread over
-the epochs between measurements and over the images of a full epoch, and is what must stay below 5 %. Testing is real work on other images, so it has its own column.
-The 32x32 images are a fiftieth of CIFAR-10, so there (c) and (d) are scaled to its 50,000 training and 10,000 test images. Medians over rounds.
+Each round times, in turns, the same number of steps (a) on a fixed batch and (b) as an epoch of the loop: shuffled and
+augmented batches, loss and accuracy, metrics as JSON lines. It also times (c) one measurement of diversity and (d) one
+pass over the test images. `loop` is (b) over (a); `loop + measuring` adds (c), spread over the epochs between
+measurements and over the images of a full epoch, and is what must stay below 5 %. Testing is real work on other images,
+so it has its own column. The 32x32 images are a fiftieth of CIFAR-10, so there (c) and (d) are scaled to its 50,000
+training and 10,000 test images. Medians over rounds.
 """
 import argparse
 import json
@@ -29,7 +31,8 @@ def random_images(train: int = 1024, test: int = 256, size: int = 32) -> Dataset
     g = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (n, 3, size, size), generator=g, dtype=torch.uint8) for n in (train, test)]
     labels = [torch.arange(n) % 10 for n in (train, test)]
-    return Dataset("random", "random images", images[0], labels[0], images[1], labels[1], tuple("0123456789"), (0.5,) * 3, (0.25,) * 3, "crop_flip", 4)
+    return Dataset("random", "random images", images[0], labels[0], images[1], labels[1], tuple("0123456789"),
+                   (0.5,) * 3, (0.25,) * 3, "crop_flip", 4)
 
 
 def seconds(work) -> float:
@@ -59,19 +62,24 @@ def compare(config: Config, data: Dataset, rounds: int, full_train: int, full_te
     trainer = Trainer(config, data, torch.device("cpu"))
     loader = trainer.train_data
     x, y = next(iter(loader))
-    batches = [(x[:n], y[:n]) for n in [config.batch_size] * (len(loader.images) // config.batch_size) + [len(loader.images) % config.batch_size] if n]
+    whole, left = divmod(len(loader.images), config.batch_size)
+    batches = [(x[:n], y[:n]) for n in [config.batch_size] * whole + [left] if n]
     times = {"bare": [], "loop": [], "measuring": [], "testing": []}
     with tempfile.TemporaryFile("w") as file:
         for round_ in range(rounds + 1):  # the first one warms up
-            row = dict(bare=seconds(lambda: bare_steps(trainer, batches)), loop=seconds(lambda: epoch_and_log(trainer, file)),
-                       measuring=seconds(lambda: measure(trainer.model, trainer.probe)), testing=seconds(lambda: accuracy(trainer)))
+            row = dict(bare=seconds(lambda: bare_steps(trainer, batches)),
+                       loop=seconds(lambda: epoch_and_log(trainer, file)),
+                       measuring=seconds(lambda: measure(trainer.model,
+                                                         trainer.probe)), testing=seconds(lambda: accuracy(trainer)))
             for name, value in row.items() if round_ else ():
                 times[name].append(value)
     bare = times["bare"]
     def overhead(values): return 100 * statistics.median(v / b - 1 for v, b in zip(values, bare))
     measured = [loop + m / config.measure_every / epochs_worth for loop, m in zip(times["loop"], times["measuring"])]
-    return dict(steps=len(batches), bare_s=statistics.median(bare), loop=overhead(times["loop"]), measured=overhead(measured),
-                testing=100 * full_test / len(data.test_labels) / epochs_worth * statistics.median(t / b for t, b in zip(times["testing"], bare)))
+    return dict(steps=len(batches), bare_s=statistics.median(bare), loop=overhead(times["loop"]),
+                measured=overhead(measured),
+                testing=100 * full_test / len(data.test_labels) / epochs_worth
+                * statistics.median(t / b for t, b in zip(times["testing"], bare)))
 
 
 def main() -> None:
@@ -81,10 +89,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = provenance(torch.device("cpu"))
-    print(f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}, commit {where['commit']}, {options.rounds} rounds")
+    print(f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}, commit {where['commit']}, "
+          f"{options.rounds} rounds")
     print(f"{'':22}{'steps':>6}{'bare':>10}{'loop':>9}{'loop + measuring':>18}{'testing':>9}")
     base = Config(depth=10, width=2, init="he", lr=0.01)
-    cases = (("digits 8x8, k=2", replace(base, measure_every=2), load("digits"), 1437, 360), ("32x32, k=2", base, random_images(), 50_000, 10_000))
+    cases = (("digits 8x8, k=2", replace(base, measure_every=2), load("digits"), 1437, 360),
+             ("32x32, k=2", base, random_images(), 50_000, 10_000))
     for name, config, data, full_train, full_test in cases:
         r = compare(config, data, options.rounds, full_train, full_test)
         print(f"{name:22}{r['steps']:6d}{r['bare_s']:9.3f}s{r['loop']:+8.1f}%{r['measured']:+17.1f}%{r['testing']:8.1f}%")

@@ -196,7 +196,8 @@ def downloads(root: Path = ROOT) -> dict[str, Path]:
 
 def claims() -> str:
     """The headline claims with their verdicts, and what they were measured on."""
-    found = {profile: {name: table for name in EXPERIMENTS if (table := committed_table(name, profile, lying)) is not None}
+    found = {profile: {name: table for name in EXPERIMENTS if (table := committed_table(name, profile,
+                                                                                        lying)) is not None}
              for profile in PROFILES}
     tables = {profile: named for profile, named in found.items() if named}
     pages = {n.name: n.page.replace(".md", ".html") for n in figure_notebooks()}

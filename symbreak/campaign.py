@@ -39,7 +39,8 @@ class Progress:
     def __init__(self, store: Store, figures: int, every_s: float = 20.):
         self.store, self.figures, self.every_s, self.labels = store, figures, every_s, {}
         self.console = Console(stderr=True)
-        self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
+        self.bar = Bar(TextColumn("{task.description}"), BarColumn(),
+                       TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
                        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task = self.bar.add_task("", total=None)
 
@@ -59,7 +60,8 @@ class Progress:
 @patch
 def start(self: Progress, figure: str, place: int, planned: list[Planned]) -> None:
     "The figure that what follows is about, its place among all, and its runs"
-    self.name, self.labels = f"{figure} ({place} of {self.figures})", {p.config: f"{p.curve}, seed {p.config.seed}" for p in planned}
+    self.name, self.labels = f"{figure} ({place} of {self.figures})", {p.config: f"{p.curve}, seed {p.config.seed}"
+                                                                       for p in planned}
     self.total = sum(config.epochs for config in self.labels)
     self.began, self.printed = time.monotonic(), -self.every_s
     self.already = sum(map(self.store.epochs_done, self.labels))
@@ -88,7 +90,7 @@ def _left(self: Progress, epochs: int) -> str:
 
 # %% ../nbs/33_campaign.ipynb #ebf63bdd
 class Background:
-    "Work done one after the other beside the rest, and finished at the end of the `with` block; the first error ends it all"
+    "Work done one after the other beside the rest, finished at the end of the `with` block; an error ends it all"
     def __init__(self): self.pool, self.submitted = ThreadPoolExecutor(1), []
 
     def __enter__(self) -> "Background": return self
@@ -115,10 +117,12 @@ def execute_notebook(notebook: Path, files: FigureFiles, parameters: dict) -> No
     quiet = Traits(KernelManager={"transport": "ipc"},  # no open ports, and no warning about them
                    NotebookClient={"shutdown_kernel": "immediate"})  # no interrupt first, which kernels report
     try:
-        papermill.execute_notebook(str(notebook), str(files.half_notebook), parameters, kernel_name="python3", progress_bar=False,
+        papermill.execute_notebook(str(notebook), str(files.half_notebook), parameters, kernel_name="python3",
+                                   progress_bar=False,
                                    cwd=str(Path.cwd()), config=quiet)
     except papermill.PapermillExecutionError as e:
-        raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {files.half_notebook}") from None
+        said = f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {files.half_notebook}"
+        raise ValueError(said) from None
     except BaseException:  # such as a kernel that an interrupt has ended
         files.half_notebook.unlink(missing_ok=True)
         raise
@@ -131,7 +135,8 @@ def figure_key(notebook: Path, request: Request, table: DataFrame) -> str:
     parts = (source_digest(), repr(request), *(json.dumps(t.attrs) + t.to_csv(index=False) for t in tables))
     return hashlib.sha256(notebook.read_bytes() + "\n".join(parts).encode()).hexdigest()
 
-def make_figure(notebook: Path, request: Request, table: DataFrame, files: FigureFiles, store: Store, say: Callable) -> None:
+def make_figure(notebook: Path, request: Request, table: DataFrame, files: FigureFiles, store: Store,
+                say: Callable) -> None:
     "Execute a figure's notebook, unless its files are there and up to date"
     made = Path(store.root)/"made"/f"{request.profile}-{request.name}.json"
     state = [figure_key(notebook, request, table), str(files.folder.absolute())]
@@ -153,7 +158,8 @@ def check_writable(folder: Path, option: str) -> None:
         try: probe.write_bytes(bytes(4096))
         finally: probe.unlink(missing_ok=True)
     except OSError as e:
-        raise OSError(f"folder: cannot write to {folder} ({e.strerror}); free some space, or choose another with {option}") from None
+        raise OSError(f"folder: cannot write to {folder} ({e.strerror}); free some space, or choose another with "
+                      f"{option}") from None
 
 @dataclass(frozen=True)
 class Campaign:
@@ -176,7 +182,8 @@ class Campaign:
     def files(self, name: str) -> FigureFiles: return figure_files(name, self.requests[name].profile, self.out)
 
 # %% ../nbs/33_campaign.ipynb #fbd33c31
-def _measure(campaign: Campaign, names: list[str], gather: Callable, say: Callable) -> dict[str, DataFrame]: # of what was not taken
+def _measure(campaign: Campaign, names: list[str], gather: Callable,
+             say: Callable) -> dict[str, DataFrame]: # of what was not taken
     "Take the measurements that are missing, one after the other, and gather all that are there"
     def is_there(name): return is_complete(campaign.requests[name], campaign.store)
     for name in names:
@@ -189,7 +196,8 @@ def _measure(campaign: Campaign, names: list[str], gather: Callable, say: Callab
     return {name: campaign.collect(name) for name in names if not is_there(name)}
 
 # %% ../nbs/33_campaign.ipynb #0b79d0af
-def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable, progress: Progress, background: Background) -> None:
+def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable, progress: Progress,
+           background: Background) -> None:
     "Train what is missing, longest runs of a figure first; gather each figure when it is complete"
     waiting = list(planned)
     queue = [config for runs in planned.values() for config in longest_first([p.config for p in runs])]
@@ -217,7 +225,8 @@ def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataF
         def gather(name):
             tables[name] = table = campaign.collect(name)
             if not table.attrs["missing"]:
-                background.do(make_figure, notebooks[name], campaign.requests[name], table, campaign.files(name), campaign.store,
+                background.do(make_figure, notebooks[name], campaign.requests[name], table, campaign.files(name),
+                              campaign.store,
                               progress.say)
         tables |= _measure(campaign, measured, gather, progress.say)
         _train(campaign, {name: runs for name, runs in planned.items() if runs}, gather, progress, background)

@@ -38,8 +38,9 @@ _NO_NOISE, _NOISE = dict(noise=0.), dict(noise=0.01)
 _COST = ("toy net: one distinct feature costs accuracy (all distinct minus one)", difference(accuracy),
          (_FULL | _NO_NOISE, _ONE | _NO_NOISE))
 TOY_CLAIMS = [
-    Claim("fig01", "toy net: accuracy rises with the number of distinct features (rank correlation, no noise)", rank_correlation,
-          (_NO_NOISE,), low=0.9, headline="In a small network, fewer different features mean lower accuracy (rank correlation)"),
+    Claim("fig01", "toy net: accuracy rises with the number of distinct features (rank correlation, no noise)",
+          rank_correlation,
+          (_NO_NOISE,), low=0.9),
     Claim("fig01", *_COST, low=0.3, unit="%", profiles=("quick",)),
     Claim("fig01", *_COST, low=0.1, unit="%", profiles=("cifar", "paper")),
     Claim("fig01", "toy net: a little noise repairs it (all distinct minus one with noise)", difference(accuracy),
@@ -47,52 +48,58 @@ TOY_CLAIMS = [
 ]
 
 # %% ../nbs/24_claims.ipynb #69e5ea18
-def _propagation_claims(network: str, headline: str = "") -> list[Claim]:
+def _propagation_claims(network: str) -> list[Claim]:
     "fig03: exactly depth-independent"
     return [Claim("fig03", f"{network}: cosine between inputs does not depend on depth (range)", range_over_depths,
-                  (dict(network=network, relative_depth=1),), high=1e-3, headline=headline),
+                  (dict(network=network, relative_depth=1),), high=1e-3),
             Claim("fig03", f"{network}: gradient norm does not depend on depth (largest / smallest)", ratio_over_depths,
                   (dict(network=network, layer=0),), high=1.01)]
 
-PROPAGATION_CLAIMS = [
-    *_propagation_claims("ConstNet", "At the start, signals pass the network unchanged, however deep it is (change with depth)"),
-    *_propagation_claims("LeakyNet 1_iiii...")]
+PROPAGATION_CLAIMS = [*_propagation_claims("ConstNet"), *_propagation_claims("LeakyNet 1_iiii...")]
 
 # %% ../nbs/24_claims.ipynb #3b0c756d
-_GAP_IN_WORDS = {"dropout 1 %": "Networks that start with identical features catch up with diverse ones (gap, dropout of 1 %)",
-                 "one-ulp gradient noise": "... and with nothing but noise in the last bit of every gradient (gap, emulated)",
-                 "hardware noise": "... and with nothing but the rounding noise of the hardware (gap)"}
+_GAP_IN_WORDS = {
+    "dropout 1 %": "Identical features with 1 % dropout catch up with diverse ones (accuracy behind the He twin)",
+    "one-ulp gradient noise": "... and with nothing but noise in the last bit of every gradient, emulated"}
 
 def _emulated_claims(curve: str, breaker: str) -> list[Claim]:
     "fig04 at the scales at which every breaker is emulated"
     ours = broken_by(breaker)
-    return [Claim("fig04", f"ConstNet, identical features, {curve}: leaves the plateau", at_end("test_accuracy"), (ours,),
+    return [Claim("fig04", f"ConstNet, identical features, {curve}: leaves the plateau", at_end("test_accuracy"),
+                  (ours,),
                   low=0.93, unit="%", profiles=("quick",)),
-            Claim("fig04", f"ConstNet, identical features, {curve}: leaves the plateau (accuracy minus the exact control's)", gap,
+            Claim("fig04", f"ConstNet, identical features, {curve}: leaves the plateau "
+                  "(accuracy minus the exact control's)", gap,
                   (ours, CONTROL), low=0.1, unit="%", profiles=("cifar",)),
-            Claim("fig04", f"gap to the He twin: {curve}", gap, (HE, ours), low=-0.05, high=0.05, unit="%", profiles=SMALL,
+            Claim("fig04", f"gap to the He twin: {curve}", gap, (HE, ours), low=-0.05, high=0.05, unit="%",
+                  profiles=SMALL,
                   headline=_GAP_IN_WORDS.get(curve, ""))]
 
 # %% ../nbs/24_claims.ipynb #d7e1af2a
 _DETERMINISTIC = broken_by("arithmetic")
 
 HARDWARE_CLAIMS = [
-    Claim("fig04", "ConstNet-16-10, He init: as accurate as Wide-ResNets are", at_end("test_accuracy"), (HE,), low=0.93, unit="%",
+    Claim("fig04", "ConstNet-16-10, He init: as accurate as Wide-ResNets are", at_end("test_accuracy"), (HE,), low=0.93,
+          unit="%",
           profiles=("paper",)),
-    Claim("fig04", "hardware noise breaks the symmetry (asymmetry at the end)", at_end("asymmetry"), (broken_by("hardware"),),
+    Claim("fig04", "hardware noise breaks the symmetry (asymmetry at the end)", at_end("asymmetry"),
+          (broken_by("hardware"),),
           low=0.1, profiles=("paper",)),
     *(Claim("fig04", f"gap to the He twin: {curve}", gap, (HE, broken_by(breaker)), low=-0.01, high=0.01, unit="%",
-            profiles=("paper",), headline=_GAP_IN_WORDS.get(curve, "")) for curve, breaker in HARDWARE.items()),
-    Claim("fig04", "deterministic arithmetic keeps one distinct feature per layer to the last step", at_end("distinct_features"),
+            profiles=("paper",)) for curve, breaker in HARDWARE.items()),
+    Claim("fig04", "deterministic arithmetic keeps one distinct feature per layer to the last step",
+          at_end("distinct_features"),
           (_DETERMINISTIC,), low=1, high=1, profiles=("paper",)),
 ]
 
 BREAKER_CLAIMS = [
-    Claim("fig04", "ConstNet, He init: trains", at_end("test_accuracy"), (HE,), low=0.95, unit="%", profiles=("quick",)),
+    Claim("fig04", "ConstNet, He init: trains", at_end("test_accuracy"), (HE,), low=0.95, unit="%",
+          profiles=("quick",)),
     *(claim for curve, breaker in EMULATED.items() for claim in _emulated_claims(curve, breaker)),
     *HARDWARE_CLAIMS,
-    Claim("fig04", "exact control (never broken): stays near one-feature accuracy", at_end("test_accuracy"), (CONTROL,), high=0.4,
-          unit="%", headline="If nothing breaks the symmetry, the network never learns much (accuracy of the exact control)"),
+    Claim("fig04", "exact control (never broken): stays near one-feature accuracy", at_end("test_accuracy"), (CONTROL,),
+          high=0.4,
+          unit="%", headline="If nothing breaks the symmetry, the network never learns much (accuracy)"),
     Claim("fig04", "exact control: distinct features per layer at the last step (one by construction)",
           at_end("distinct_features"), (CONTROL,), low=1, high=1),
 ]
@@ -104,24 +111,29 @@ def _table_claim(profile: str, band: float) -> Claim:
 
 def _skip_claim(source: str, profiles: tuple[str, ...]) -> Claim:
     return Claim("abl01", f"rectified minus linear skips, last-epoch accuracy: {source}", gap,
-                 tuple(dict(source=source, skip=skip) for skip in ("rectified", "linear")), low=-0.02, high=0.02, unit="%",
+                 tuple(dict(source=source, skip=skip) for skip in ("rectified",
+                                                                   "linear")), low=-0.02, high=0.02, unit="%",
                  profiles=profiles)
 
 TABLE_CLAIMS = [
     *(_table_claim(profile, band) for profile, band in dict(quick=0.02, cifar=0.02, paper=0.01).items()),
-    Claim("tab01", "what identical features come to unbroken: accuracy of the He twin minus that of the exact control", gap,
+    Claim("tab01", "what identical features come to unbroken: accuracy of the He twin minus that of the exact control",
+          gap,
           (HE, CONTROL), low=0.2, unit="%"),
 ]
 SKIP_CLAIMS = [
     _skip_claim("He init", ("paper",)), _skip_claim("dropout 1 %", ALL), _skip_claim("one-ulp gradient noise", SMALL),
     _skip_claim("hardware noise", ("paper",)),
-    Claim("abl01", "epoch at which one-ulp noise has broken the symmetry: rectified over linear skips", ratio(break_epoch),
-          tuple(dict(source="one-ulp gradient noise", skip=skip) for skip in ("rectified", "linear")), low=2 / 3, high=1.5,
+    Claim("abl01", "epoch at which one-ulp noise has broken the symmetry: rectified over linear skips",
+          ratio(break_epoch),
+          tuple(dict(source="one-ulp gradient noise", skip=skip)
+                for skip in ("rectified", "linear")), low=2 / 3, high=1.5,
           profiles=("quick",)),
 ]
 
 # %% ../nbs/24_claims.ipynb #6709f8b7
-WHERE = {"dropout 1 %": (broken_by("dropout"), ALL), "one-ulp gradient noise": (broken_by("one-ulp gradient noise"), SMALL),
+WHERE = {"dropout 1 %": (broken_by("dropout"), ALL), "one-ulp gradient noise": (broken_by("one-ulp gradient noise"),
+                                                                                SMALL),
          "hardware noise": (broken_by("hardware"), ("paper",))}
 
 def _correlation_claims(curve: str, ours: Rows, profiles: tuple[str, ...]) -> list[Claim]:
@@ -133,7 +145,8 @@ def _correlation_claims(curve: str, ours: Rows, profiles: tuple[str, ...]) -> li
 _FORGET = "Features forget that they were copies (correlation of their weights, above that of diverse ones)"
 _DROPOUT_FORWARD = broken_by("dropout") | dict(measure="forward")
 CORRELATION_CLAIMS = [
-    Claim("fig05", "forward correlation before training, identical features (constant weights count as 1)", over_blocks("first"),
+    Claim("fig05", "forward correlation before training, identical features (constant weights count as 1)",
+          over_blocks("first"),
           (_DROPOUT_FORWARD,), low=1, high=1),
     Claim("fig05", "forward correlation of block convolutions decays from 1 (end, dropout 1 %)", over_blocks(),
           (_DROPOUT_FORWARD,), high=0.5),
@@ -152,27 +165,33 @@ WIDTH_CLAIMS = [
 _NONE, _ALL = dict(init="1_iiii_iiii_iiii"), dict(init="1_1111_1111_1111")
 
 STRING_CLAIMS = [
-    Claim("fig06", "LeakyNet 1_iiii_iiii_iiii (one feature, no averaging block) trains", at_end("test_accuracy"), (_NONE,),
+    Claim("fig06", "LeakyNet 1_iiii_iiii_iiii (one feature, no averaging block) trains", at_end("test_accuracy"),
+          (_NONE,),
           low=0.93, unit="%", profiles=("quick",)),
-    Claim("fig06", "LeakyNet: accuracy falls with averaging blocks (rank correlation over the strings that start with 1)",
+    Claim("fig06",
+          "LeakyNet: accuracy falls with averaging blocks (rank correlation over the strings that start with 1)",
           string_trend, (dict(init=ONE_FEATURE),), high=-0.8,
-          headline="The more layers average their inputs, the harder symmetry is to break (rank correlation with accuracy)"),
-    Claim("fig06", "LeakyNet: hindering hurts (1_iiii_iiii_iiii minus 1_1111_1111_1111)", gap, (_NONE, _ALL), low=0.01, unit="%"),
+          headline="The more layers average their inputs, the less a network learns (rank correlation)"),
+    Claim("fig06", "LeakyNet: hindering hurts (1_iiii_iiii_iiii minus 1_1111_1111_1111)", gap, (_NONE, _ALL), low=0.01,
+          unit="%"),
 ]
 
 def _reach_claim(statement: str, init: str, step: int | None, **band) -> Claim:
     return Claim("fig07", f"{statement}, LeakyNet {init}", reach(step),
-                 tuple(dict(network=f"LeakyNet {init}", source=source) for source in ("one ulp in the stem", "untouched")),
+                 tuple(dict(network=f"LeakyNet {init}", source=source)
+                       for source in ("one ulp in the stem", "untouched")),
                  unit="%", **band)
 
 TRAVEL_CLAIMS = [
     _reach_claim("identity carries: layers that one ulp in the stem reaches in two steps", _NONE["init"], 2, low=0.9),
-    _reach_claim("averaging wipes: layers that one ulp in the stem has reached in the end", _ALL["init"], None, high=0.25)]
+    _reach_claim("averaging wipes: layers that one ulp in the stem has reached in the end", _ALL["init"], None,
+                 high=0.25)]
 
 # %% ../nbs/24_claims.ipynb #83c3b716
 def _alive(statement: str, profile: Profile, start: dict, width: int | None = None, times: float = 1, **more) -> Claim:
     "Share of seeds that survive from a start"
-    rows = dict(width=width or profile.base.width, lr=round(times * profile.base.lr, 4), skip="linear", warmup=0) | start
+    rows = dict(width=width or profile.base.width, lr=round(times * profile.base.lr, 4), skip="linear",
+                warmup=0) | start
     return Claim("abl02", f"unbroken {statement}: share of seeds that survive their first steps", survives, (rows,),
                  unit="seeds", profiles=(profile.name,), **more)
 
@@ -183,7 +202,8 @@ SURVIVAL_CLAIMS = [
     _alive(f"{_RECIPE} without warm-up, linear skips", _PAPER, {}, low=1,
            headline="The paper's network survives its first steps unbroken, by the paper's recipe (runs)"),
     _alive(f"{_RECIPE} without warm-up, rectified skips (as released)", _PAPER, dict(skip="rectified"), low=1),
-    *(_alive("ConstNet of width 10 at three times the learning rate of the profile", profile, {}, width=10, times=3, high=0.5)
+    *(_alive("ConstNet of width 10 at three times the learning rate of the profile", profile, {}, width=10, times=3,
+             high=0.5)
       for profile in PROFILES.values()),
 ]
 
@@ -193,10 +213,13 @@ def _arithmetic_claim(statement: str, precision: str, deterministic: bool, profi
                  (dict(precision=precision, deterministic=deterministic),), profiles=profiles, **band)
 
 ARITHMETIC_CLAIMS = [
-    _arithmetic_claim("deterministic float32 is symmetric on the processor at hand", "float32", True, SMALL, low=0, high=0),
-    _arithmetic_claim("deterministic float64 is not symmetric on the processor at hand", "float64", True, SMALL, low=1e-18),
+    _arithmetic_claim("deterministic float32 is symmetric on the processor at hand", "float32", True, SMALL, low=0,
+                      high=0),
+    _arithmetic_claim("deterministic float64 is not symmetric on the processor at hand", "float64", True, SMALL,
+                      low=1e-18),
     *(claim for precision in ("tf32", "float32", "bf16") for claim in (
-        _arithmetic_claim(f"{precision} as the GPU likes it breaks the symmetry", precision, False, ("paper",), low=1e-12),
+        _arithmetic_claim(f"{precision} as the GPU likes it breaks the symmetry", precision, False, ("paper",),
+                          low=1e-12),
         _arithmetic_claim(f"deterministic {precision} keeps it", precision, True, ("paper",), low=0, high=0)))]
 
 QUOTIENT_CLAIMS = [
@@ -205,8 +228,10 @@ QUOTIENT_CLAIMS = [
     Claim("fig11", "quotient: a step at width 10 costs as much as at width 2 (ratio, 3 groups of repeats)", cost_ratio,
           (dict(part="cost", network="quotient"),), high=1.5)]
 
-CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRELATION_CLAIMS, *STRING_CLAIMS, *TRAVEL_CLAIMS,
-                       *WIDTH_CLAIMS, *QUOTIENT_CLAIMS, *TABLE_CLAIMS, *SKIP_CLAIMS, *SURVIVAL_CLAIMS, *ARITHMETIC_CLAIMS]
+CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRELATION_CLAIMS, *STRING_CLAIMS,
+                       *TRAVEL_CLAIMS,
+                       *WIDTH_CLAIMS, *QUOTIENT_CLAIMS, *TABLE_CLAIMS, *SKIP_CLAIMS, *SURVIVAL_CLAIMS,
+                       *ARITHMETIC_CLAIMS]
 
 # %% ../nbs/24_claims.ipynb #f463a2a5
 def check(figure: str, # experiment

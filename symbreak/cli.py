@@ -75,7 +75,8 @@ class Reproduce:
 
     def __call__(self) -> int:
         from symbreak.campaign import run
-        tables = run(self.figures, self.profile, self.device, self.data, self.runs, self.out, self.workers, self.budget_min)
+        tables = run(self.figures, self.profile, self.device, self.data, self.runs, self.out, self.workers,
+                     self.budget_min)
         return print_claims(tables, self.profile, self.strict)
 
 # %% ../nbs/34_cli.ipynb #b08a9c9f
@@ -91,19 +92,19 @@ class Report:
     figures: Path | None = None
     "where `reproduce` put the figures; default: figures/"
     out: Path | None = None
-    "folder for index.html and notebooks/; default: build/report"
+    "folder for index.html, figures/ and notebooks/; default: build/report"
     strict: bool = False
     "exit with 1 if a claim is not reproduced"
 
     def __call__(self) -> int:
         from symbreak.campaign import check_writable
-        from symbreak.report import write_report
+        from symbreak.report import find_notebooks, write_report
         from symbreak.runs import home
         tables = self.tables()
         code = max(print_claims(named, profile, self.strict) for profile, named in tables.items())
-        out = self.out or home()/"build"/"report"
+        out, notebooks = self.out or home()/"build"/"report", find_notebooks()
         check_writable(out, "--out")
-        print(f"Report: {write_report(out, tables, self.figures)}")
+        print(f"Report: {write_report(out, tables, self.figures, notebooks)}")
         return code
 
     def tables(self) -> dict: # profile -> figure -> tidy data
@@ -111,7 +112,8 @@ class Report:
         from symbreak.experiments import EXPERIMENTS
         from symbreak.profiles import PROFILES
         from symbreak.results import collect
-        if self.profile not in (*PROFILES, "all"): raise ValueError(f"profile: {self.profile!r}; allowed: {', '.join(PROFILES)}, all")
+        if self.profile not in (*PROFILES, "all"):
+            raise ValueError(f"profile: {self.profile!r}; allowed: {', '.join(PROFILES)}, all")
         wanted = PROFILES if self.profile == "all" else (self.profile,)
         found = {p: {name: collect(name, p, self.device, self.data) for name in EXPERIMENTS} for p in wanted}
         if self.profile != "all": return found
@@ -173,7 +175,8 @@ def reporter(bar, epochs: int, every_s: float = 20.) -> Callable[[int, dict], No
     printed = time.monotonic()
     def report(epoch, row):
         nonlocal printed
-        accuracy = f"test accuracy {100 * row['test_accuracy']:.1f} %" if row.get("test_accuracy") is not None else "training"
+        measured = row.get("test_accuracy")
+        accuracy = "training" if measured is None else f"test accuracy {100 * measured:.1f} %"
         bar.update(bar.task_ids[0], completed=epoch, description=accuracy)
         if bar.disable and time.monotonic() - printed > every_s:
             printed = time.monotonic()
@@ -199,7 +202,8 @@ def train_one(config, folder: Path | None) -> int: # exit code
     return 0 if record["status"] == "finished" else 1
 
 # %% ../nbs/34_cli.ipynb #4f93dde7
-VERBS: dict[str, Callable[[], type]] = {"reproduce": lambda: Reproduce, "train": train_verb, "list": lambda: List, "report": lambda: Report}
+VERBS: dict[str, Callable[[], type]] = {"reproduce": lambda: Reproduce, "train": train_verb, "list": lambda: List,
+                                        "report": lambda: Report}
 
 HELP = """usage: symbreak VERB [options]
 
@@ -213,7 +217,7 @@ Train deep networks whose features all start identical, and watch what breaks th
 symbreak VERB --help lists the options of a verb. Set SYMBREAK_DEBUG=1 for tracebacks."""
 
 # %% ../nbs/34_cli.ipynb #8fb18eb5
-def in_one_line(said: str, # what tyro prints: a title and parts, with rules between them, in a frame where the terminal can draw one
+def in_one_line(said: str, # what tyro prints: a title and parts, with rules between them, in a frame
 ) -> str:
     "What is wrong, and what may have been meant"
     plain = re.sub(r"\x1b\[[\d;]*m|[│╯╰╭╮]", "", said)  # without colours and frame
@@ -222,7 +226,8 @@ def in_one_line(said: str, # what tyro prints: a title and parts, with rules bet
     parts = [list(part) for text, part in groupby(lines, is_text) if text][1:]
     if not parts: return " ".join(said.split())
     meant = [part[1].split()[0] for part in parts if part[0] == "Perhaps you meant:"]
-    return " ".join(takewhile(bool, parts[0])).rstrip(".") + "".join(f"; perhaps you meant {option}" for option in meant)
+    return " ".join(takewhile(bool, parts[0])).rstrip(".") + "".join(f"; perhaps you meant {option}"
+                                                                     for option in meant)
 
 # %% ../nbs/34_cli.ipynb #5f669b9d
 def parse(verb: str, argv: list[str]) -> Callable[[], int]: # the verb with its options, ready to be done
@@ -230,7 +235,8 @@ def parse(verb: str, argv: list[str]) -> Callable[[], int]: # the verb with its 
     if verb not in VERBS: raise ValueError(f"verb: {verb!r}; allowed: {', '.join(VERBS)}")
     said = io.StringIO()
     try:
-        with redirect_stderr(said): return tyro.cli(tyro.conf.OmitArgPrefixes[VERBS[verb]()], args=argv, prog=f"symbreak {verb}")
+        with redirect_stderr(said): return tyro.cli(tyro.conf.OmitArgPrefixes[VERBS[verb]()], args=argv,
+                                                    prog=f"symbreak {verb}")
     except SystemExit as end:
         if not end.code: raise  # --help
         raise ValueError(f"{in_one_line(said.getvalue())}; see symbreak {verb} --help") from None

@@ -31,7 +31,8 @@ class Planned:
     facts: dict = field(default_factory=dict)  # column -> value, the same in all rows of the run
 
 # %% ../nbs/21_experiments.ipynb #6d8996d2
-def breaker(config: Config, profile: Profile) -> str: # such as "dropout" or "hardware + dropout"; "none" for the exact control
+def breaker(config: Config,
+            profile: Profile) -> str: # such as "dropout" or "hardware + dropout"; "none" for the exact control
     "What breaks the symmetry in a run"
     named = breaker_names(config)
     if profile.emulates_noise or config.deterministic or config.quotient: return named
@@ -118,7 +119,8 @@ def survival_plan(profile: Profile) -> list[Planned]:
     base = _control(replace(profile.base, warmup=0), schedule="constant", epochs=epochs, measure_every=epochs, **few)
     wanted = [dict(start, width=base.width) for start in STARTS]
     wanted += [dict(width=width) for width in SURVIVAL_WIDTHS if width != base.width]
-    configs = [replace(base, lr=round(factor * base.lr, 4), **changes) for changes in wanted for factor in (1 / 3, 1, 3)]
+    configs = [replace(base, lr=round(factor * base.lr, 4), **changes) for changes in wanted
+               for factor in (1 / 3, 1, 3)]
     return [Planned(_start_label(config), config) for config in configs]
 
 # %% ../nbs/21_experiments.ipynb #f06f441a
@@ -144,7 +146,8 @@ def strings_plan(profile: Profile) -> list[Planned]:
 # %% ../nbs/21_experiments.ipynb #e87b021c
 def travel_plan(profile: Profile) -> list[Planned]:
     "fig07: four sources of asymmetry in three networks"
-    short = dict(epochs=4, warmup=0, batch_size=64, train_size=640, measure_steps=40, measure_every=4, schedule="constant")
+    short = dict(epochs=4, warmup=0, batch_size=64, train_size=640, measure_steps=40, measure_every=4,
+                 schedule="constant")
     if profile.emulates_noise: short |= dict(width=1)
     networks = {"ConstNet": profile.base}
     networks |= {f"LeakyNet {init}": replace(profile.leaky, init=init) for init in (STRINGS[2], STRINGS[6])}
@@ -209,14 +212,16 @@ EXPERIMENTS = {
                         columns=("net", "init", "breaker", "averaging")),
     "fig07": Experiment("Identity carries a one-ulp perturbation to all layers, averaging wipes it out", travel_plan,
                         step_rows, ("net", "breaker")),
-    "fig08": _BREAKERS("Effective width: do layers that start identical come to use as many directions as their diverse "
-                       "twins?", rows=layer_rows("effective_width")),
+    "fig08": _BREAKERS("Effective width: do layers that start identical come to use as many directions as their "
+                       "diverse twins?", rows=layer_rows("effective_width")),
     "fig11": Experiment("An unbroken network is a one-channel network",
                         outline=(dict(part="equality"), *(dict(part="cost", network=n) for n in ("wide", "quotient")))),
-    "tab01": _BREAKERS("Last-epoch accuracy of identical features and their diverse twin", rows=table_row, gathers=True),
+    "tab01": _BREAKERS("Last-epoch accuracy of identical features and their diverse twin", rows=table_row,
+                       gathers=True),
     "abl01": Experiment("Linear or rectified 1x1 skips: symmetry breaks alike", skips_plan,
                         columns=("init", "breaker", "skip")),
-    "abl02": Experiment("A network whose features are identical can die in its first steps", survival_plan, survivor_row,
+    "abl02": Experiment("A network whose features are identical can die in its first steps", survival_plan,
+                        survivor_row,
                         ("width", "skip", "warmup", "lr"), seeds={"paper": 5}),
     "abl03": Experiment("What the arithmetic of the device does to identical features", arithmetic_plan,
                         columns=("precision", "deterministic")),
@@ -232,7 +237,8 @@ class Request:
     data: str | None = None  # data source in place of the profile's
 
     def __post_init__(self):
-        if self.name not in EXPERIMENTS: raise ValueError(f"experiment: {self.name!r}; allowed: {', '.join(EXPERIMENTS)}")
+        if self.name not in EXPERIMENTS:
+            raise ValueError(f"experiment: {self.name!r}; allowed: {', '.join(EXPERIMENTS)}")
         find_profile(self.profile)
         resolve_device(self.device)
 
@@ -253,11 +259,12 @@ def plan(request: Request) -> list[Planned]: # seeds outermost; empty for a meas
     "The runs that an experiment is made of"
     experiment, profile = request.experiment, request.scale
     if experiment.plan is None: return []
-    curves = [replace(p, facts=facts(p.config, profile, experiment.columns) | p.facts) for p in experiment.plan(profile)]
+    curves = [replace(p, facts=facts(p.config, profile, experiment.columns) | p.facts)
+              for p in experiment.plan(profile)]
     return [replace(p, config=_placed(p.config, request.device, seed))
             for seed in range(experiment.seeds.get(profile.name, profile.seeds)) for p in curves]
 
-def outline(request: Request) -> pd.DataFrame: # a row per planned run (with its curve and seed), or per fact of a measurement
+def outline(request: Request) -> pd.DataFrame: # a row per planned run, or per fact of a measurement
     "The facts that the rows of a table will have"
     planned = [p.facts | dict(curve=p.curve, seed=p.config.seed) for p in plan(request)]
     return pd.DataFrame(planned or request.experiment.outline)

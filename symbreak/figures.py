@@ -58,8 +58,8 @@ def find_notebook(name: str) -> Path:
     "The committed notebook of a figure"
     found = notebook_paths()
     if name in found: return found[name]
-    raise ValueError(f"figures: no notebook nbs/figures/{name}_*.ipynb under {home()}; run this in a clone of the repository "
-                     "(the installed package has symbreak.results.reproduce, but no notebooks)")
+    raise ValueError(f"figures: no notebook nbs/figures/{name}_*.ipynb under {home()}; run this in a clone of the "
+                     "repository (the installed package has symbreak.results.reproduce, but no notebooks)")
 
 # %% ../nbs/25_figures.ipynb #a19bab7e
 def small_print(table: pd.DataFrame) -> str:
@@ -97,14 +97,17 @@ class Verdicts:
     def __init__(self, claims: pd.DataFrame): self.claims = claims # rows of symbreak.claims.check
 
     def __repr__(self) -> str:
-        return "\n".join(f"{r.verdict}: {r.statement}: {r.measured or '-'} (band: {r.band})" for r in self.claims.itertuples())
+        return "\n".join(f"{r.verdict}: {r.statement}: {r.measured or '-'} (band: {r.band})"
+                         for r in self.claims.itertuples())
 
     def _repr_html_(self) -> str:
         def row(r):
-            cells = (f'<b style="color:{_COLOURS[r.verdict]}">{r.verdict}</b>', *map(escape, (r.statement, r.measured or "-", r.band)))
+            cells = (f'<b style="color:{_COLOURS[r.verdict]}">{r.verdict}</b>',
+                     *map(escape, (r.statement, r.measured or "-", r.band)))
             return "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>"
         head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("verdict", "claim", "measured", "band"))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(row, self.claims.itertuples()))}</tbody></table>"
+        body = "".join(map(row, self.claims.itertuples()))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/25_figures.ipynb #b894db40
 class Exhibit:

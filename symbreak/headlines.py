@@ -77,7 +77,8 @@ def outcome(row) -> str: # of all_verdicts
 def band_in_words(bands: dict[str, str]) -> str: # profile -> band
     "The band of a claim; by profile where they differ"
     by_band = {band: [p for p in bands if bands[p] == band] for band in bands.values()}
-    return "; ".join(band + (f" ({', '.join(profiles)})" if len(by_band) > 1 else "") for band, profiles in by_band.items())
+    return "; ".join(band + (f" ({', '.join(profiles)})" if len(by_band) > 1 else "") for band,
+                     profiles in by_band.items())
 
 def one_row_each(verdicts: pd.DataFrame, names: pd.Series | None = None, # what to call each claim; None: its statement
 ) -> pd.DataFrame: # figure, claim, band, and a column for each profile
@@ -110,7 +111,8 @@ def readme_table(verdicts: pd.DataFrame) -> str: # Markdown
 
 def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
     "The page with every claim at every profile"
-    return ("# All claims\n\nA claim is *reproduced* if the mean over seeds of what was measured (± standard deviation), give or take its\n"
-            "standard error, lies in the band. Written by `python tools/write_claims.py` from the data beside the figures and, for\n"
-            "figures that still lack runs, from `results/`.\n\n" + sources(verdicts) + "\n"
+    about = ("A claim is *reproduced* if the mean over seeds of what was measured (± standard deviation), give or take\n"
+             "its standard error, lies in the band. Written by `python tools/write_claims.py` from the data beside the\n"
+             "figures and, for figures that still lack runs, from `results/`.")
+    return (f"# All claims\n\n{about}\n\n" + sources(verdicts) + "\n"
             + one_row_each(verdicts).to_markdown(index=False) + "\n")

@@ -32,7 +32,8 @@ def toy(table: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 # %% ../nbs/30_plots.ipynb #71631821
-LABELS = {"correlation": "cosine between inputs, last layer", "gradient_norm": "gradient norm at the stem / at the last layer"}
+LABELS = {"correlation": "cosine between inputs, last layer",
+          "gradient_norm": "gradient norm at the stem / at the last layer"}
 
 def propagation(table: pd.DataFrame, # rows of symbreak.propagation.propagate
                 axes, # two axes: correlation, gradient norm
@@ -58,7 +59,8 @@ def accuracy(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> A
 def asymmetry(table: pd.DataFrame, ax: Axes, order: list[str] | None = None, floor: float = FLOOR) -> Axes:
     "fig04, below: asymmetry of the weights against epoch, on a logarithmic axis"
     lines(table.assign(asymmetry=table.asymmetry.clip(lower=floor)), ax, "epoch", "asymmetry", order=order)
-    ax.set(xlabel="epoch", ylabel=f"asymmetry of the weights\n(0 is drawn at {floor:g})", yscale="log", ylim=(floor / 2, 2))
+    ax.set(xlabel="epoch", ylabel=f"asymmetry of the weights\n(0 is drawn at {floor:g})", yscale="log",
+           ylim=(floor / 2, 2))
     return legend_right(ax)
 
 # %% ../nbs/30_plots.ipynb #116ea563
@@ -136,9 +138,10 @@ def _by_averaging(last: pd.DataFrame, ax: Axes, order: list[str]) -> None:
 
 # %% ../nbs/30_plots.ipynb #90f5a634
 def _heat(rows: pd.DataFrame, ax: Axes):
-    "One network and source: layers down, steps to the right (mean over seeds); what is exactly 0 in all seeds stays grey"
+    "One network and source: layers down, steps to the right; what is exactly 0 in all seeds stays grey"
     cells = rows.pivot_table(index="layer", columns="step", values="asymmetry", sort=False)
-    image = ax.pcolormesh(cells.columns, range(len(cells)), cells.where(cells > 0), norm=LogNorm(1e-14, 1), cmap="viridis",
+    image = ax.pcolormesh(cells.columns, range(len(cells)), cells.where(cells > 0), norm=LogNorm(1e-14, 1),
+                          cmap="viridis",
                           rasterized=True)
     ax.set_facecolor("#eeeeee")
     ax.grid(False)
@@ -152,7 +155,8 @@ def travel(table: pd.DataFrame, # columns network, source, layer, step, seed, as
     "fig07: asymmetry of each layer after each step"
     networks, sources = (list(dict.fromkeys(table[column])) for column in ("network", "source"))
     for row, network in zip(axes, networks):
-        for ax, source in zip(row, sources): image = _heat(table[(table.network == network) & (table.source == source)], ax)
+        for ax, source in zip(row, sources): image = _heat(table[(table.network == network) & (table.source == source)],
+                                                           ax)
         for ax in row[1:]: ax.set_yticks([])
         row[0].set_ylabel(network)
     for ax, source in zip(axes[0], sources): ax.set_title(source)
@@ -200,7 +204,8 @@ def survival(table: pd.DataFrame, # one row per run: columns width, skip, warmup
     return ax
 
 # %% ../nbs/30_plots.ipynb #38a7ac12
-def accuracy_table(table: pd.DataFrame, # last epochs: columns profile, data, curve, seed, epoch, test_accuracy, best_test_accuracy
+def accuracy_table(table: pd.DataFrame,
+                   # last epochs: columns profile, data, curve, seed, epoch, test_accuracy, best_test_accuracy
 ) -> pd.DataFrame: # one row per profile, data set and curve
     "tab01: seeds, epochs, last and best accuracy in %, mean ± standard deviation over seeds"
     def text(values): return f"{100 * values.mean():.2f}" + (f" ± {100 * values.std():.2f}" if len(values) > 1 else "")
@@ -210,17 +215,19 @@ def accuracy_table(table: pd.DataFrame, # last epochs: columns profile, data, cu
 
 # %% ../nbs/30_plots.ipynb #6c546f26
 def error_dots(table: pd.DataFrame, ax: Axes) -> Axes:
-    "tab01: test error of every curve in the last epoch on one data set; dots are seeds, the line is mean ± standard deviation"
+    "tab01: test error of every curve in the last epoch on one data set; dots are seeds, the line is mean ± sd"
     curves = list(dict.fromkeys(table.curve))
     for y, (curve, (colour, _)) in enumerate(zip(curves, looks(curves))):
         error = 100 * (1 - table[table.curve == curve].test_accuracy)
-        ax.errorbar(error.mean(), y, xerr=error.std() if len(error) > 1 else None, color=colour, marker="D", markersize=6, capsize=4)
+        ax.errorbar(error.mean(), y, xerr=error.std() if len(error) > 1 else None, color=colour, marker="D",
+                    markersize=6, capsize=4)
         ax.plot(error, [y + 0.25] * len(error), "o", color=colour, markersize=3)
         ax.annotate(f"{100 - error.mean():.1f} %", (1.02, y), xycoords=("axes fraction", "data"), va="center")
     _error_axis(ax, one_decade=table.test_accuracy.max() < 0.9)
     ax.set_yticks(range(len(curves)), curves)
     ax.invert_yaxis()
-    ax.set(xlabel="test error, last epoch (%); accuracy on the right", title=f"{table.data.iloc[0]}, profile {table.profile.iloc[0]}")
+    ax.set(xlabel="test error, last epoch (%); accuracy on the right",
+           title=f"{table.data.iloc[0]}, profile {table.profile.iloc[0]}")
     return ax
 
 def _error_axis(ax: Axes, one_decade: bool) -> None:

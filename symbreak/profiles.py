@@ -52,7 +52,8 @@ CIFAR = Profile(
     Config(**_IMAGES, depth=7, width=1, epochs=60, lr=0.05, batch_size=32, weight_decay=1.2e-3, train_size=10000,
            test_size=5000, measure_every=2, channels_last=True),
     leaky=Config(**_IMAGES, **_LEAKY, width=1, epochs=20, batch_size=64, train_size=5000, test_size=2000),
-    toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004, batch_size=32, train_size=10000, test_size=5000),
+    toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004, batch_size=32, train_size=10000,
+               test_size=5000),
     images=10_000, seeds=3)
 
 # %% ../nbs/20_profiles.ipynb #91298622

@@ -62,7 +62,8 @@ def headline_table(rows: pd.DataFrame, # as verdicts returns them
     "The few claims that stand for the rest, a column for each profile"
     profiles = {name: PROFILES[name] for name in PROFILES if name in set(rows.profile)}
     chosen = rows[rows.headline != ""]
-    return templates().get_template("claims.html.j2").module.headlines(by_claim(chosen.assign(statement=chosen.headline)), profiles, pages)
+    stated = by_claim(chosen.assign(statement=chosen.headline))
+    return templates().get_template("claims.html.j2").module.headlines(stated, profiles, pages)
 
 # %% ../nbs/32_report.ipynb #8fab3190
 def devices(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment -> its tidy data
@@ -182,8 +183,8 @@ def find_notebooks(folder: Path | None = None, # with figNN_*.ipynb; None: nbs/f
     "The committed figure notebooks"
     found = {name: nbformat.read(path, 4) for name, path in notebook_paths(folder).items()}
     if not found:
-        raise ValueError(f"report: no figure notebooks in {folder or home()/'nbs'/'figures'}; write the report in a clone of the repository "
-                         "(the installed package has no notebooks)")
+        raise ValueError(f"report: no figure notebooks in {folder or home()/'nbs'/'figures'}; write the report in a "
+                         "clone of the repository (the installed package has no notebooks)")
     return found
 
 # %% ../nbs/32_report.ipynb #4fd970b9

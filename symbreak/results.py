@@ -27,8 +27,8 @@ def _check_images(runs: list[Run]) -> None:
     for run in runs:
         key, digest = (run.config.data, run.config.train_size, run.config.test_size), run.record["data_digest"]
         if seen.setdefault(key, digest) != digest:
-            raise ValueError(f"data: finished runs on {run.config.data!r} have seen different images ({seen[key][:8]}, {digest[:8]}); "
-                             "move those of the old images out of the run store")
+            raise ValueError(f"data: finished runs on {run.config.data!r} have seen different images "
+                             f"({seen[key][:8]}, {digest[:8]}); move those of the old images out of the run store")
 
 def _provenance(runs: list[Run], profile: str) -> dict:
     "What the runs of a table have in common, as sorted lists"

@@ -106,7 +106,7 @@ def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
 def largest_difference(rows: pd.DataFrame) -> pd.Series: return rows.groupby("seed").relative_difference.max()
 
 def cost_ratio(rows: pd.DataFrame) -> pd.Series: # by group
-    "Cost of a step at the largest width over that at width 2 (1 has a skip less), from medians of three groups of repeats"
+    "Cost of a step at the largest width over that at width 2 (1 has a skip less), in three groups of repeats"
     wide = rows[rows.width >= 2]
     step = wide.groupby([wide.repeat % 3, wide.width]).step_s.median().unstack()
     return step[step.columns.max()] / step[step.columns.min()]

@@ -19,7 +19,8 @@ Rows = dict[str, object]  # column -> value, or tuple of values
 def select(table: pd.DataFrame, rows: Rows) -> pd.DataFrame:
     "The rows whose columns have these values"
     for column, value in rows.items():
-        if column not in table: raise ValueError(f"rows: no column {column!r}; allowed: {', '.join(map(str, table.columns))}")
+        if column not in table:
+            raise ValueError(f"rows: no column {column!r}; allowed: {', '.join(map(str, table.columns))}")
         table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
     return table
 
@@ -70,14 +71,17 @@ def is_ready(claim: Claim, table: pd.DataFrame, planned: pd.DataFrame) -> bool:
     "Are the rows that a claim selects there, for all seeds?"
     chosen = [select(planned, {k: v for k, v in rows.items() if k in planned}) for rows in claim.rows]
     if any(part.empty for part in chosen):
-        raise ValueError(f"claim: {claim.figure}, {claim.statement!r} selects rows that are not planned; check its columns")
+        raise ValueError(f"claim: {claim.figure}, {claim.statement!r} selects rows that are not planned; "
+                         "check its columns")
     if "curve" not in planned: return len(table) > 0
-    return not {curve for part in chosen for curve in part.curve} & set(table.attrs.get("incomplete", ())) and len(table) > 0
+    return not {curve for part in chosen for curve in part.curve} & set(table.attrs.get("incomplete",
+                                                                                        ())) and len(table) > 0
 
 def _chosen(claim: Claim, table: pd.DataFrame, rows: Rows) -> pd.DataFrame:
     "What a claim selects of a table that has all of it"
     found = select(table, rows)
-    if found.empty: raise ValueError(f"claim: {claim.figure}, {claim.statement!r} finds no rows with {rows}; check its columns")
+    if found.empty:
+        raise ValueError(f"claim: {claim.figure}, {claim.statement!r} finds no rows with {rows}; check its columns")
     return found
 
 def judge(claim: Claim, table: pd.DataFrame, # tidy data of its figure

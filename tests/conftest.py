@@ -1,4 +1,4 @@
-"""One thread and oneDNN's default kernels everywhere: both are part of the arithmetic, and worker processes choose for themselves."""
+"""One thread and oneDNN's default kernels: both are part of the arithmetic, and workers choose for themselves."""
 import os
 
 os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # before torch computes anything

@@ -43,7 +43,8 @@ class Figures:
     def run(self, *names, deadline=None):
         class Request(str):  # a request is only handed through
             profile = device = data = name = None
-        return carry_out(Campaign({n: Request(n) for n in names}, self.store, workers=1, deadline=deadline), {n: n for n in names})
+        return carry_out(Campaign({n: Request(n) for n in names}, self.store, workers=1, deadline=deadline),
+                         {n: n for n in names})
 
 
 def test_a_figure_is_made_when_its_runs_are_there_whatever_comes_before_it(tmp_path, monkeypatch):

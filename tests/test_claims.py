@@ -1,4 +1,4 @@
-"""Claims, plans and tables agree: what a claim selects is planned, and what is planned has the names that finished runs have."""
+"""Claims, plans and tables agree: what a claim selects is planned, and what is planned never changes its hash."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,8 @@ def test_results_of_the_repository_are_found():
 
 def test_columns_of_facts_are_in_every_table():
     for name in ("fig04", "fig06", "fig07", "abl01", "abl02", "abl03"):
-        table, planned = collect(name, "cifar", store=Store(Path("nowhere"), default_store().archives)), outline(Request(name, "cifar"))
+        table, planned = collect(name, "cifar", store=Store(Path("nowhere"),
+                                                            default_store().archives)), outline(Request(name, "cifar"))
         assert set(planned) <= set(table), name
         assert not table[list(planned)].isna().any().any(), name
 
@@ -58,9 +59,11 @@ def test_adding_an_experiment(tmp_path, monkeypatch):
         small = replace(profile.base, width=1, epochs=1, train_size=128, test_size=50, measure_every=1)
         return [Planned(f"batch {size}", replace(small, batch_size=size)) for size in (32, 64)]
 
-    batch_claim = Claim("toy01", "small batches are not much worse", gap, (dict(batch_size=64), dict(batch_size=32)), high=1.,
+    batch_claim = Claim("toy01", "small batches are not much worse", gap, (dict(batch_size=64), dict(batch_size=32)),
+                        high=1.,
                         profiles=("quick",))
-    monkeypatch.setitem(experiments.EXPERIMENTS, "toy01", Experiment("Batches", batches_plan, last_row, ("batch_size",)))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "toy01", Experiment("Batches", batches_plan, last_row,
+                                                                     ("batch_size",)))
     monkeypatch.setattr(claims, "CLAIMS", [batch_claim])
     store = Store(tmp_path)
     assert check("toy01", collect("toy01", store=store)).verdict.tolist() == [NOT_TESTED]

@@ -81,7 +81,8 @@ def test_full_disk(capsys, tmp_path, monkeypatch):
 def test_disk_that_fills_up_while_training(tmp_path, monkeypatch):
     def full(state, f): f.write(b"half"); raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="cannot write .*checkpoint.pt .No space left on device.; make room or choose another folder"): train(CONFIG, tmp_path / "run", checkpoint_every_s=0)
+    said = "cannot write .*checkpoint.pt .No space left on device.; make room or choose another folder"
+    with pytest.raises(OSError, match=said): train(CONFIG, tmp_path / "run", checkpoint_every_s=0)
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock") == ["config.json", "metrics.jsonl"]
 
 

@@ -18,8 +18,8 @@ RUNS = {  # name -> configuration, its hash
     "input and weight noise": (Config(**SMALL, input_noise=0.1, weight_noise=1e-3), "9c7086faa740"),
     "one ulp in a layer": (Config(**SMALL, ulp_layer="stages.1.0.conv", ulp_step=2), "1b80e6f904d7"),
 }
-# How a sum is rounded is the business of the kernels, which the maker of the processor, its instructions and the release
-# of torch decide. For these: digests of the weights before the first step, after it, and at the end.
+# How a sum is rounded is the business of the kernels, which the maker of the processor, its instructions and the
+# release of torch decide. For these: digests of the weights before the first step, after it, and at the end.
 BITS = {
     ("AMD", "AVX512", "2.13"): {
         "dropout and augmentation": ("b174f318f6c44448", "9e5de5f94dcef06a", "7b05c4c53f513604"),
