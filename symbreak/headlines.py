@@ -111,8 +111,8 @@ def readme_table(verdicts: pd.DataFrame) -> str: # Markdown
 
 def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
     "The page with every claim at every profile"
-    about = ("A claim is *reproduced* if the mean over seeds of what was measured (± standard deviation), give or take\n"
-             "its standard error, lies in the band. Written by `python tools/write_claims.py` from the data beside the\n"
-             "figures and, for figures that still lack runs, from `results/`.")
+    about = ("A claim is *reproduced* if the mean over seeds of what was measured (± standard deviation), give or\n"
+             "take its standard error, lies in the band. Written by `python tools/write_claims.py` from the data\n"
+             "beside the figures and, for figures that still lack runs, from `results/`.")
     return (f"# All claims\n\n{about}\n\n" + sources(verdicts) + "\n"
             + one_row_each(verdicts).to_markdown(index=False) + "\n")
