@@ -97,7 +97,8 @@ def main() -> None:
              ("32x32, k=2", base, random_images(), 50_000, 10_000))
     for name, config, data, full_train, full_test in cases:
         r = compare(config, data, options.rounds, full_train, full_test)
-        print(f"{name:22}{r['steps']:6d}{r['bare_s']:9.3f}s{r['loop']:+8.1f}%{r['measured']:+17.1f}%{r['testing']:8.1f}%")
+        print(f"{name:22}{r['steps']:6d}{r['bare_s']:9.3f}s{r['loop']:+8.1f}%"
+              f"{r['measured']:+17.1f}%{r['testing']:8.1f}%")
 
 
 if __name__ == "__main__":
