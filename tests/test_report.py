@@ -218,6 +218,7 @@ def test_bad_profile_and_folder(capsys, tmp_path):
 
 def test_without_a_clone_the_table_is_printed_and_the_error_says_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("symbreak.runs.own_checkout", lambda: None)  # as an installed package
     monkeypatch.delenv("SYMBREAK_RUNS", raising=False)
     assert home() == tmp_path
     assert cli.main(["report", "--profile", "quick"]) == 2

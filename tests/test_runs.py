@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from symbreak.config import Config
 from symbreak.records import Run, RunFiles, read_lines
-from symbreak.runs import Store, execute
+from symbreak.runs import Store, default_store, execute, home, own_checkout
 from symbreak.train import train
 
 TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1,
@@ -120,3 +120,21 @@ def test_display_counts_what_is_on_disk(tmp_path):
     store, ticks = Store(tmp_path), []
     execute([TINY], store, tick=lambda: ticks.append(store.epochs_done(TINY)))
     assert ticks[-1] == TINY.epochs and ticks == sorted(ticks)
+
+
+def test_from_any_other_folder_runs_and_results_are_those_of_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.delenv("SYMBREAK_RUNS", raising=False)
+    inside = home(), default_store()
+    assert inside[0] == own_checkout() and inside[1].archives
+    monkeypatch.chdir(tmp_path)
+    assert (home(), default_store()) == inside
+
+
+def test_the_library_of_one_checkout_refuses_the_notebooks_of_another(tmp_path, monkeypatch):
+    (tmp_path / "symbreak").mkdir()
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"in the checkout {tmp_path}, but symbreak is imported from the checkout"):
+        home()
+    monkeypatch.setattr("symbreak.runs.own_checkout", lambda: None)  # as an installed package
+    assert home() == tmp_path
