@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINIMUM', 'check_type', 'check_range', 'Settings', 'check_fields', 'Config', 'learning_rate', 'resolve_device',
-           'cpu_has_bf16', 'check_precision', 'check_isa', 'usable_device']
+           'cpu_has_bf16', 'check_precision', 'check_isa', 'check_atomic', 'usable_device']
 
 # %% ../nbs/11_config.ipynb #6a000003
 import hashlib
@@ -31,7 +31,7 @@ def check_type(name: str, value, hint) -> None:
 
 # %% ../nbs/11_config.ipynb #4a53a195
 MINIMUM = dict.fromkeys(("train_size", "test_size", "depth", "width", "distinct", "reduction_chunks", "batch_size",
-                         "measure_every"), 1)
+                         "measure_every", "threads"), 1)
 MINIMUM |= dict.fromkeys(("dropout", "weight_noise", "gradient_ulps", "ulp_step", "input_noise", "epochs", "warmup",
                           "lr", "momentum", "weight_decay", "measure_steps"), 0)
 
@@ -114,10 +114,10 @@ class Config(Settings):
     "breaker: standard deviation of relative weight noise at init"
     gradient_ulps: int = 0
     "breaker: move every non-zero gradient element by up to that many ulps at random"
-    reduction: Literal["hardware", "element", "row", "tile", "global"] = "hardware"
-    "breaker: sum convolution weight gradients in a random order drawn per ... (hardware: as the device does)"
+    reduction: Literal["hardware", "atomic", "element", "row", "tile", "global"] = "hardware"
+    "breaker: sum convolution weight gradients by real atomic additions, or in a random order drawn per ..."
     reduction_chunks: int = 4
-    "how many partial sums a random reduction adds up"
+    "how many partial sums such a reduction adds up"
     ulp_layer: str = ""
     "breaker: move the largest weight of that layer (such as stages.1.0.conv) to the next floating-point number, once"
     ulp_step: int = 0
@@ -154,6 +154,10 @@ class Config(Settings):
     "memory format of images and weights"
     compile: bool = False
     "torch.compile the network"
+    benchmark: bool = False
+    "let cuDNN choose its kernels by stopwatch"
+    threads: int = 1
+    "CPU threads that share an operation"
 
     seed: int = 0
     "initialisation, dropout and noise"
@@ -166,6 +170,8 @@ class Config(Settings):
 
     def __post_init__(self):
         check_fields(self)
+        if self.benchmark and self.deterministic:
+            raise ValueError("benchmark: True with deterministic=True, but stopwatches are not; allowed: False")
         if self.reduction == "hardware": return
         if self.quotient:
             raise ValueError(f"reduction: {self.reduction!r} with quotient=True, which has no sums over features to "
@@ -222,10 +228,23 @@ def check_isa(isa: str) -> None:
         raise ValueError(f"onednn_isa: {isa!r}, but this process has ONEDNN_MAX_CPU_ISA={found}; allowed here: "
                          f"{found!r} (start Python under the other setting, or use symbreak.runs.execute, which does)")
 
+# %% ../nbs/11_config.ipynb #0922b87c
+def check_atomic(config: Config) -> None:
+    "Refuse atomic additions on a CPU where they would be made in order"
+    if config.reduction != "atomic" or config.deterministic: return
+    if config.threads < 2:
+        raise ValueError(f"threads: {config.threads} with reduction='atomic', but one thread adds the terms in order and "
+                         "the same each time; allowed on a CPU: at least 2")
+    if config.precision == "float64":
+        raise ValueError("precision: 'float64' with reduction='atomic', but a CPU adds it in order; allowed: float32")
+
 # %% ../nbs/11_config.ipynb #db02fdd9
 def usable_device(config: Config) -> torch.device:
     "The device of a configuration, or an error if this process cannot compute there what is asked for"
     device = resolve_device(config.device)
     check_precision(config.precision, device)
-    if device.type == "cpu": check_isa(config.onednn_isa)
+    if device.type == "cuda": os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        check_isa(config.onednn_isa)
+        check_atomic(config)
     return device

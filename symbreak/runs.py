@@ -16,9 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator
-
-import torch
+from typing import Callable, Iterable, Iterator
 
 import symbreak
 from .config import Config, resolve_device
@@ -35,7 +33,7 @@ def own_checkout() -> Path | None:
     folder = Path(symbreak.__path__[0]).resolve().parent # no folder above it: an environment may lie in a checkout
     return folder if (folder/"settings.ini").exists() else None
 
-# %% ../nbs/14_runs.ipynb #a4056952
+# %% ../nbs/14_runs.ipynb #5cab261a
 def home() -> Path:
     "The checkout around the working directory, else the library's own, else the working directory; two are an error"
     around, own = _checkout(Path.cwd()), own_checkout()
@@ -126,12 +124,12 @@ def _train_here(configs: list[Config], store: Store, budget: Budget, tick: Calla
 
 # %% ../nbs/14_runs.ipynb #53759629
 def default_workers() -> int:
-    "Processes that train at once on the CPU: one per core that this process may use"
+    "Threads that train at once on the CPU: one per core that this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def longest_first(configs: list[Config]) -> list[Config]:
     "The order that leaves processes idle least at the end"
-    return sorted(configs, key=lambda c: c.epochs * c.depth, reverse=True)
+    return sorted(configs, key=lambda c: (c.threads, c.epochs * c.depth), reverse=True)
 
 # %% ../nbs/14_runs.ipynb #5ad2f2e6
 def _end_with_parent() -> None:
@@ -140,9 +138,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 def _start_worker(isa: str) -> None:
-    "One thread, and the instruction set that the runs ask for"
+    "The instruction set that the runs ask for, and an end with the parent"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
     if isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = isa
 
 def _train_in_worker(store: Store, config: Config, budget: Budget) -> str: # the status of the run
@@ -164,23 +161,30 @@ def _pools(isas: set[str], workers: int) -> Iterator[dict[str, ProcessPoolExecut
         for pool in pools.values(): pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/14_runs.ipynb #2fa51288
-def _train_in_parallel(configs: list[Config], store: Store, workers: int, budget: Budget,
+def _fits(config: Config, at_work: Iterable[Config], cores: int) -> bool:
+    "Is there room for one more run?"
+    threads = sum(c.threads for c in at_work)
+    return threads == 0 or threads + config.threads <= cores
+
+def _train_in_parallel(configs: list[Config], store: Store, cores: int, budget: Budget,
                        tick: Callable | None) -> None:
     "Runs in processes of their own; the first error stops the rest"
-    queue, pending = list(configs), set()
-    with _pools({c.onednn_isa for c in configs}, workers) as pools:
-        while queue or pending:
-            while queue and len(pending) < workers:
+    queue, at_work = list(configs), {}
+    with _pools({c.onednn_isa for c in configs}, min(len(configs), cores)) as pools:
+        while queue or at_work:
+            while queue and _fits(queue[0], at_work.values(), cores):
                 config = queue.pop(0)
-                pending.add(pools[config.onednn_isa].submit(_train_in_worker, store, config, budget))
-            done, pending = wait(pending, timeout=1., return_when=FIRST_COMPLETED)
-            for future in done: future.result()
+                at_work[pools[config.onednn_isa].submit(_train_in_worker, store, config, budget)] = config
+            done, _ = wait(at_work, timeout=1., return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                del at_work[future]
             if tick: tick()
 
 # %% ../nbs/14_runs.ipynb #abd11931
 def execute(configs: list[Config], # runs that are wanted, in the order in which they start
             store: Store, # where they live
-            workers: int | None = None, # processes; None: as default_workers says
+            workers: int | None = None, # threads at work at once; None: as default_workers says
             budget_s: float | None = None, # seconds after which everything pauses; None: no limit
             tick: Callable | None = None, # called every second or epoch while runs are under way, and at the end
 ) -> list[Run]: # the finished runs, in the order of `configs`; paused ones are missing
@@ -188,7 +192,7 @@ def execute(configs: list[Config], # runs that are wanted, in the order in which
     budget = Budget.of(budget_s)
     missing = [c for c in dict.fromkeys(configs) if store.find(c) is None]
     on_cpu = [c for c in missing if resolve_device(c.device).type == "cpu"]
-    if on_cpu: _train_in_parallel(on_cpu, store, min(len(missing), workers or default_workers()), budget, tick)
+    if on_cpu: _train_in_parallel(on_cpu, store, workers or default_workers(), budget, tick)
     _train_here([c for c in missing if c not in on_cpu], store, budget, tick)
     if tick: tick()
     return [run for run in map(store.load, configs) if run is not None]

@@ -246,7 +246,8 @@ def train(config: Config, # what to train
     if run := _finished(folder, config): return run
     if data is None: data = load(config.data, train_size=config.train_size, test_size=config.test_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
-         numerics(config.deterministic, tf32=config.precision == "tf32", benchmark=False) as switches:
+         numerics(config.deterministic, config.precision == "tf32", config.benchmark,
+                  config.threads if device.type == "cpu" else None) as switches:
         trainer = Trainer(config, data, device)
         with held(folder, config):
             if run := _finished(folder, config): return run

@@ -13,12 +13,15 @@ from torch.nn import functional as F
 
 from symbreak import breaking
 from symbreak import train as training
-from symbreak.breaking import (GRANULARITIES, Breaker, RandomReductionConv2d, breaker_names, breakers, hooks,
-                               input_noise, perturb_, random_reduction_, sum_in_random_order, ulp_noise_)
+from symbreak.breaking import Breaker, breaker_names, breakers, hooks, input_noise, perturb_, ulp_noise_
 from symbreak.config import Config
+from symbreak.data import load
 from symbreak.diversity import distinct_features
 from symbreak.nets import ConstNet, LeakyNet, weight_layers
+from symbreak.numerics import numerics
 from symbreak.records import weights_digest
+from symbreak.reduction import (GRANULARITIES, RandomReductionConv2d, random_reduction_,
+                                sum_atomically, sum_in_random_order)
 
 NULL = [(4, "global"), (3, "global"), (2, "element"), (2, "row"), (2, "tile"), (1, "element")]
 BREAKING = [(s, g) for s in (3, 4, 8) for g in ("element", "row", "tile")]
@@ -217,7 +220,7 @@ def features(model):
 def test_null_controls_are_as_symmetric_as_the_machine_with_the_same_chunks(chunks, granularity, monkeypatch):
     "A fixed order shows whether the kernels of this machine keep symmetry; where they do, so must the null controls"
     ours = features(train(random_reduction_(ConstNet(7, 2), chunks, granularity, seeded())))
-    monkeypatch.setattr("symbreak.breaking.sum_in_random_order", lambda partials, *_: sum(partials.unbind()))
+    monkeypatch.setattr("symbreak.reduction.sum_in_random_order", lambda partials, *_: sum(partials.unbind()))
     fixed = features(train(random_reduction_(ConstNet(7, 2), chunks)))
     assert ours == 1 or fixed > 1
 
@@ -384,3 +387,55 @@ def test_the_loop_knows_no_source_by_name():
     code = Path(training.__file__).read_text().replace("dropout=config.dropout", "")  # an argument of the networks
     for word in ("noise_", "_noise", "ulp", "reduction", "perturb", "next_float", "dropout"):
         assert word not in code, word
+
+
+# real atomic additions: what they do without the switch is a matter of threads, and is measured, never asserted
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_atomic_additions_lose_nothing_and_the_switch_puts_them_in_order(threads):
+    whole, terms = torch.randint(100, (8, 64, 64, 3, 3), generator=seeded()).float(), torch.randn(8, 64, 64, 3, 3)
+    same = terms[:, :1, :1].expand_as(terms)
+    with numerics(threads=threads):
+        assert torch.equal(sum_atomically(whole), whole.sum(0))
+        with numerics(deterministic=True):
+            total = sum_atomically(terms)
+            assert torch.equal(total, sum_atomically(terms))
+            assert torch.equal(total, sum(terms[1:].unbind(), terms[0]))
+            assert symmetric(sum_atomically(same))
+
+
+def test_two_terms_commute():
+    terms = torch.randn(2, 64, 64, 5, 5)
+    with numerics(threads=2): assert torch.equal(sum_atomically(terms), terms[0] + terms[1])
+
+
+def test_atomic_training_made_deterministic_keeps_one_feature_and_repeats_itself():
+    config = Config(depth=7, width=2, epochs=2, train_size=300, test_size=100, batch_size=48, lr=0.05, threads=2,
+                    reduction="atomic", reduction_chunks=8, deterministic=True)
+    data = load("digits", train_size=300, test_size=100)
+    one, other = (training.train(config, data=data) for _ in range(2))
+    assert weights_digest(one.model) == weights_digest(other.model)
+    assert list(one.history.distinct_features) == [1] * 3 and list(one.history.asymmetry) == [0] * 3
+    assert one.record["threads"] == 2 and one.record["switches"]["num_threads"] == 2
+
+
+def test_atomic_training_draws_no_random_number():
+    config = Config(depth=7, width=2, threads=2, reduction="atomic", device="cpu")
+    trainer = training.Trainer(config, load("digits", train_size=300, test_size=100), torch.device("cpu"))
+    states = trainer.noise.get_state(), torch.get_rng_state()
+    training.learn(trainer, *next(iter(trainer.train_data)))
+    assert torch.equal(trainer.noise.get_state(), states[0]) and torch.equal(torch.get_rng_state(), states[1])
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(threads=1), "threads: 1 with reduction='atomic', but one thread adds"),
+    (dict(threads=2, precision="float64"), "precision: 'float64' with reduction='atomic'"),
+])
+def test_atomic_additions_that_would_be_made_in_order_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        training.train(Config(reduction="atomic", device="cpu", **changes))
+
+
+@pytest.mark.parametrize("changes", [dict(quotient=True), dict(compile=True)])
+def test_what_does_not_go_with_atomic_additions(changes):
+    with pytest.raises(ValueError, match="'atomic'"): Config(reduction="atomic", threads=2, **changes)
