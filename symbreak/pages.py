@@ -43,7 +43,9 @@ def mathml(tex: str, # LaTeX without its dollars
     try: html = convert(words, display="block" if display else "inline")
     except Exception: html = "\\"  # its errors have no common class
     if "\\" in html: return f"<code>{escape(tex)}</code>"
-    return TIGHT.sub(r'<mo\1 lspace="0" rspace="0">\2</mo>', html)
+    upright = ' stretchy="false"'  # else a bar with an exponent sinks below the line
+    def tight(found): return f'<mo{found[1] or upright} lspace="0" rspace="0">{found[2]}</mo>'
+    return TIGHT.sub(tight, html)
 
 # %% ../nbs/31a_pages.ipynb #4890448f
 class Renderer(IPythonRenderer):
