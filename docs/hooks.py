@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from dataclasses import dataclass
 from functools import cache
 from html import unescape
+from itertools import takewhile
 from pathlib import Path
 
 import nbformat
@@ -97,6 +98,12 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, 4)
 
 
+def is_constant(statement: ast.stmt) -> bool:
+    """Whether a name is given to a few words or numbers as they stand."""
+    parts = ast.walk(statement.value) if isinstance(statement, ast.Assign) else [statement]
+    return all(isinstance(part, (ast.Constant, ast.Tuple, ast.expr_context)) for part in parts)
+
+
 def fold(cell: nbformat.NotebookNode) -> str:
     """What the lid says of a cell that few readers open: imports, private helpers, parameters; else nothing."""
     tags = cell.metadata.get("tags", ())
@@ -104,8 +111,10 @@ def fold(cell: nbformat.NotebookNode) -> str:
     try: statements = ast.parse(cell.source).body
     except SyntaxError: return ""  # such as a line for the shell
     if statements and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements): return "Imports"
-    names = [getattr(s, "name", "") for s in statements]
-    if not names or not all(name.startswith("_") for name in names): return ""
+    first = list(takewhile(is_constant, statements))  # constants go with the helpers that follow
+    helpers = [getattr(s, "name", "") for s in statements[len(first):]]
+    if not helpers or not all(name.startswith("_") for name in helpers): return ""
+    names = [ast.unparse(s.targets[0]) for s in first] + helpers
     return "Helpers: " + ", ".join(f"<code>{name}</code>" for name in names)
 
 

@@ -199,7 +199,7 @@ def _write_figure(out: Path, name: str, shown: Picture, figures: Path, committed
     if committed is None: return
     notebook = nbformat.read(found["ipynb"], 4) if shown.executed else committed
     _write(out/shown.files["ipynb"], nbformat.writes(portable(notebook)).encode())
-    links = templates().get_template("claims.html.j2").module.above(name, shown.files, KINDS)
+    links = templates().get_template("claims.html.j2").module.above(name, shown, KINDS)
     _write(out/shown.page, notebook_page(notebook, links))
 
 def write_report(out: Path, # folder; index.html, figures/ and notebooks/ are written into it

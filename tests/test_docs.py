@@ -82,8 +82,10 @@ def test_what_few_readers_open_is_folded_and_nothing_else():
     def cell(source, *tags): return nbformat.v4.new_code_cell(source, metadata=dict(tags=list(tags)))
     assert HOOKS.fold(cell("import os\nfrom pathlib import Path")) == "Imports"
     assert HOOKS.fold(cell("def _one(): pass\nclass _Two: pass")) == "Helpers: <code>_one</code>, <code>_Two</code>"
+    assert HOOKS.fold(cell("ONE = (1, 2)\ndef _one(): pass")) == "Helpers: <code>ONE</code>, <code>_one</code>"
     assert HOOKS.fold(cell("x = 1", "parameters")) == "Parameters"
-    for shown in ("import os\nos.getcwd()", "def one(): pass\ndef _two(): pass", "", "!ls"):
+    for shown in ("import os\nos.getcwd()", "def one(): pass\ndef _two(): pass", "", "!ls", "ONE = 1",
+                  "CLAIMS = [Claim(1)]\ndef _one(): pass"):
         assert HOOKS.fold(cell(shown)) == ""
     text = HOOKS.notebook_markdown(HOOKS.notebooks()[0])
     assert text.count("<summary>Imports</summary>") == 1 and text.count("<details") == text.count("</details>")
