@@ -107,7 +107,7 @@ BREAKERS = (
     Breaker("one-ulp gradient noise", lambda c: c.gradient_ulps > 0,
             on_gradients=lambda model, c, generator: ulp_noise_(model.parameters(), generator, c.gradient_ulps)),
     Breaker("atomic additions", lambda c: c.reduction == "atomic",
-            on_network=lambda model, c, _: atomic_reduction_(model, c.reduction_chunks)),
+            on_network=lambda model, c, _: atomic_reduction_(model, c.reduction_chunks, c.threads)),
     Breaker("random reduction", lambda c: c.reduction in GRANULARITIES,
             on_network=lambda model, c, generator: random_reduction_(model, c.reduction_chunks, c.reduction,
                                                                      generator)),

@@ -157,7 +157,7 @@ class Config(Settings):
     benchmark: bool = False
     "let cuDNN choose its kernels by stopwatch"
     threads: int = 1
-    "CPU threads that share an operation"
+    "CPU threads that share an operation; of an atomic reduction, those that add"
 
     seed: int = 0
     "initialisation, dropout and noise"
@@ -233,7 +233,7 @@ def check_atomic(config: Config) -> None:
     "Refuse atomic additions on a CPU where they would be made in order"
     if config.reduction != "atomic" or config.deterministic: return
     if config.threads < 2:
-        raise ValueError(f"threads: {config.threads} with reduction='atomic', but one thread adds the terms in order and "
+        raise ValueError(f"threads: {config.threads} with reduction='atomic', but one thread adds the terms in order, "
                          "the same each time; allowed on a CPU: at least 2")
     if config.precision == "float64":
         raise ValueError("precision: 'float64' with reduction='atomic', but a CPU adds it in order; allowed: float32")

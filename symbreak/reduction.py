@@ -13,6 +13,8 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
+from .numerics import cpu_threads
+
 # %% ../nbs/04b_reduction.ipynb #d1276ed7
 GRANULARITIES = ("element", "row", "tile", "global")
 TILE = 16 # output and input channels per tile
@@ -135,22 +137,26 @@ def _places(terms: int, elements: int, device: torch.device) -> Tensor: # (terms
     return torch.arange(elements, device=device).repeat(terms)
 
 def sum_atomically(partials: Tensor, # (terms, ...) float; on a CPU only float32 is added in parallel
+                   threads: int = 2, # of a CPU, for the additions alone; one adds in order
 ) -> Tensor: # (...), of the same dtype
     "Add the terms by the device's own atomic additions, as they arrive; in order under the deterministic switch"
     shape, flat = partials.shape[1:], partials.flatten()
     total = flat.new_zeros(shape.numel())
     places = _places(len(partials), shape.numel(), flat.device)
-    if flat.device.type == "cpu": return total.put_(places, flat, accumulate=True).view(shape)
-    return total.scatter_add_(0, places, flat).view(shape)
+    if flat.device.type != "cpu": return total.scatter_add_(0, places, flat).view(shape)
+    with cpu_threads(threads): return total.put_(places, flat, accumulate=True).view(shape)
 
 # %% ../nbs/04b_reduction.ipynb #a28c13e3
 class AtomicReductionConv2d(ChunkedConv2d):
     "A convolution whose weight gradient adds up those of chunks atomically; made by `atomic_reduction_`"
-    def add_up(self, partials: Tensor) -> Tensor: return sum_atomically(partials)
+    threads: int # of a CPU, for the additions
+
+    def add_up(self, partials: Tensor) -> Tensor: return sum_atomically(partials, self.threads)
 
 def atomic_reduction_(model: nn.Module, # its convolutions (zero padding) are changed in place
                       chunks: int = 8, # S, partial sums per weight gradient, 1 to 8; 1 and 2 are null controls
+                      threads: int = 2, # of a CPU, for the additions alone; one adds in order
 ) -> nn.Module: # the same model
     "Let every convolution add up its weight gradient by the device's own atomic additions"
     _check_reduction(chunks, "element")
-    return add_up_by_(model, AtomicReductionConv2d, chunks=chunks)
+    return add_up_by_(model, AtomicReductionConv2d, chunks=chunks, threads=threads)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_checkout', 'home', 'Store', 'copy_small', 'default_store', 'Budget', 'default_workers', 'longest_first',
-           'execute']
+           'environment', 'execute']
 
 # %% ../nbs/14_runs.ipynb #41cd93db
 import multiprocessing
@@ -148,11 +148,22 @@ def _train_in_worker(store: Store, config: Config, budget: Budget) -> str: # the
 
 # %% ../nbs/14_runs.ipynb #edcec1ca
 @contextmanager
+def environment(name: str, value: str):
+    "An environment variable for the length of a `with` block"
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try: yield
+    finally:
+        if before is None: del os.environ[name]
+        else: os.environ[name] = before
+
+@contextmanager
 def _pools(isas: set[str], workers: int) -> Iterator[dict[str, ProcessPoolExecutor]]: # instruction set -> pool
     "Pools of fresh processes; an error inside stops their work"
     spawn = multiprocessing.get_context("spawn")
     pools = {isa: ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(isa,)) for isa in isas}
-    try: yield pools
+    try:
+        with environment("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "passive")): yield pools
     except BaseException:
         for pool in pools.values():
             for process in list((pool._processes or {}).values()): process.terminate()

@@ -25,7 +25,7 @@ from .data import Dataset, Loader, load
 from .diversity import layer_asymmetry, measure
 from .journal import Journal, resume, save_checkpoint
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
-from .numerics import numerics
+from .numerics import cpu_threads, numerics
 from .quotient import expand, quotient
 from .records import Run, check_folder, held, is_finished, provenance, save_run, weights_digest
 
@@ -234,6 +234,10 @@ def _finished(folder: Path | None, config: Config) -> Run | None:
     check_folder(folder, config)
     return Run.load(folder) if is_finished(folder) else None
 
+def _threads(config: Config) -> int: # of the CPU, for all operations
+    "Atomic additions have the threads of a configuration to themselves, and all else runs on one"
+    return 1 if config.reduction == "atomic" else config.threads
+
 def train(config: Config, # what to train
           folder: Path | str | None = None, # where the run lives; None: nothing is written
           report: Callable | None = None, # called as report(epoch, row) after each epoch
@@ -246,12 +250,13 @@ def train(config: Config, # what to train
     if run := _finished(folder, config): return run
     if data is None: data = load(config.data, train_size=config.train_size, test_size=config.test_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
-         numerics(config.deterministic, config.precision == "tf32", config.benchmark,
-                  config.threads if device.type == "cpu" else None) as switches:
+         cpu_threads(_threads(config)), \
+         numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches:
         trainer = Trainer(config, data, device)
         with held(folder, config):
             if run := _finished(folder, config): return run
             journal = Journal(dict(config=asdict(config), hash=config.hash, data=data.label, data_digest=data.digest,
-                                   switches=switches, **provenance(device)), folder, report)
+                                   switches=switches, **provenance(device) | dict(threads=config.threads)),
+                              folder, report)
             if state := resume(journal): restore(trainer, state)
             return finish(trainer, journal, run_epochs(trainer, journal, stop, checkpoint_every_s))
