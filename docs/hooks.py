@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HIDDEN = re.compile(r"#\|\s*(hide|default_exp)\b")
 DIRECTIVES = re.compile(r"^#\|.*\n?", re.MULTILINE)
 STYLES = ("palette.css", "claims.css")  # shared with the report
-SCALES = {"quick": "digits", "cifar": "CIFAR-10, small", "paper": "the paper's scale"}
+SCALES = {"quick": "digits", "cifar": "CIFAR-10, small", "full": "all of CIFAR-10", "paper": "the paper's scale"}
 SHOWS = {  # what the navigation calls a figure; one that is not here is called by the name of its file
     "fig01": "Distinct features of a toy network",
     "fig02": "Architecture",
@@ -42,6 +42,7 @@ SHOWS = {  # what the navigation calls a figure; one that is not here is called 
     "abl01": "Linear or rectified skips",
     "abl02": "Survival of the first steps",
     "abl03": "Arithmetic of the device",
+    "abl04": "Time to catch up",
 }
 
 TEMPLATE = (Path(__file__).parent / "notebook.md.j2").read_text(encoding="utf-8")

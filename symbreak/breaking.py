@@ -85,6 +85,7 @@ class Breaker:
     "A source of symmetry breaking: what it is called, which configurations ask for it, and what it does when"
     name: str # what tables call it
     active: Callable # (config): does this configuration ask for it?
+    hardware: bool = False # the noise is the hardware's own: the deterministic switch takes it away
     on_weights: Callable | None = None # (model, config, generator): new network, on the CPU, before any quotient
     on_network: Callable | None = None # (model, config, generator): the network on its device, before the first step
     on_batch: Callable | None = None # (images, config, generator) -> images, before the forward pass
@@ -106,7 +107,7 @@ BREAKERS = (
             on_batch=lambda images, c, generator: input_noise(images, c.input_noise, generator)),
     Breaker("one-ulp gradient noise", lambda c: c.gradient_ulps > 0,
             on_gradients=lambda model, c, generator: ulp_noise_(model.parameters(), generator, c.gradient_ulps)),
-    Breaker("atomic additions", lambda c: c.reduction == "atomic",
+    Breaker("atomic additions", lambda c: c.reduction == "atomic", hardware=True,
             on_network=lambda model, c, _: atomic_reduction_(model, c.reduction_chunks, c.threads)),
     Breaker("random reduction", lambda c: c.reduction in GRANULARITIES,
             on_network=lambda model, c, generator: random_reduction_(model, c.reduction_chunks, c.reduction,
@@ -130,4 +131,4 @@ def breaker_names(config, # anything with the fields that the sources look at
 ) -> str: # such as "dropout" or "dropout + one-ulp gradient noise"
     "What breaks the symmetry under a configuration, in words: `none` in a quotient, `arithmetic` if nothing is added"
     if config.quotient: return "none"
-    return " + ".join(b.name for b in breakers(config)) or "arithmetic"
+    return " + ".join(b.name for b in breakers(config) if not (b.hardware and config.deterministic)) or "arithmetic"

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from traitlets.config import Config as Traits
 
-from .experiments import EXPERIMENTS, Planned, Request, plan
+from .experiments import Planned, Request, offered, plan
 from .figures import FigureFiles, figure_files, find_notebook
 from .measurements import source_digest
 from .records import write_json
 from .results import collect, everywhere, is_complete, reproduce
-from .runs import Store, default_store, environment, execute, longest_first
+from .runs import Store, default_store, execute, longest_first
 
 # %% ../nbs/33_campaign.ipynb #0d3930fb
 class Progress:
@@ -230,9 +231,20 @@ def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataF
         _train(campaign, {name: runs for name, runs in planned.items() if runs}, gather, progress, background)
     return {name: tables[name] for name in campaign.requests}
 
+# %% ../nbs/33_campaign.ipynb #cee5a48b
+@contextmanager
+def _environment(name: str, value: str):
+    "An environment variable for the length of a `with` block"
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try: yield
+    finally:
+        if before is None: del os.environ[name]
+        else: os.environ[name] = before
+
 # %% ../nbs/33_campaign.ipynb #fb4af6bb
 def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
-        profile: str = "quick", # quick, cifar or paper
+        profile: str = "quick", # quick, cifar, full or paper
         device: str = "auto", # auto, cpu, cuda, cuda:N; auto also accepts finished runs of other devices
         data: str | None = None, # data source in place of the profile's
         runs: Path | str | None = None, # where runs live; None: $SYMBREAK_RUNS or runs/
@@ -243,9 +255,9 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
     "Train and measure what is missing, draw every figure that is complete; the same call goes on"
     if workers is not None and workers < 1: raise ValueError(f"workers: {workers}; allowed: at least 1")
     if budget_min is not None and budget_min < 0: raise ValueError(f"budget_min: {budget_min}; allowed: at least 0")
-    requests = {name: Request(name, profile, device, data) for name in tuple(names) or EXPERIMENTS}
+    requests = {name: Request(name, profile, device, data) for name in tuple(names) or offered(profile)}
     notebooks = {name: find_notebook(name) for name in requests}
-    with environment("SYMBREAK_RUNS", str(Path(runs or default_store().root).absolute())):
+    with _environment("SYMBREAK_RUNS", str(Path(runs or default_store().root).absolute())):
         deadline = None if budget_min is None else time.monotonic() + 60 * budget_min
         campaign = Campaign(requests, default_store(), None if out is None else Path(out), workers, deadline)
         check_writable(Path(campaign.store.root), "--runs")

@@ -33,7 +33,7 @@ def check_type(name: str, value, hint) -> None:
 MINIMUM = dict.fromkeys(("train_size", "test_size", "depth", "width", "distinct", "reduction_chunks", "batch_size",
                          "measure_every", "threads"), 1)
 MINIMUM |= dict.fromkeys(("dropout", "weight_noise", "gradient_ulps", "ulp_step", "input_noise", "epochs", "warmup",
-                          "lr", "momentum", "weight_decay", "measure_steps"), 0)
+                          "lr", "momentum", "weight_decay", "rerun", "measure_steps"), 0)
 
 def check_range(name: str, value) -> None:
     "Raise ValueError unless `value` is finite and not below the minimum of its field, if that has one"
@@ -163,6 +163,8 @@ class Config(Settings):
     "initialisation, dropout and noise"
     data_seed: int | None = None
     "order and augmentation of the images; None: as seed"
+    rerun: int = 0
+    "tells runs of one seed apart; moves nothing where arithmetic repeats itself"
     measure_every: int = 1
     "epochs between measurements of accuracy and diversity (the last epoch is always measured)"
     measure_steps: int = 0

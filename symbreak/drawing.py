@@ -33,9 +33,9 @@ def figure(ncols: int = 1, nrows: int = 1, width: float = 7.2, height: float = 4
     return plt.subplots(nrows, ncols, figsize=(width, height), **kwargs)
 
 # %% ../nbs/30_drawing.ipynb #6b8e7a0c
-CURVES = {"He init": 0, "dropout 1 %": 1, "one-ulp gradient noise": 2, "hardware noise": 2, "random reduction order": 3,
-          "hardware noise + dropout": 3, "plain arithmetic": 4, "deterministic": 4,
-          "plain arithmetic, AVX2, depth 10": 5, "exact control": 6, "dropout 1 %, 3x as long": 7}
+CURVES = {"He init": 0, "dropout 1 %": 1, "one-ulp gradient noise": 2, "hardware noise": 2,
+          "hardware noise (atomic additions)": 3, "hardware noise + dropout": 5, "plain arithmetic": 4,
+          "deterministic": 4, "plain arithmetic, AVX2, depth 10": 5, "exact control": 6, "the same, deterministic": 7}
 
 def looks(names: list[str]) -> list[tuple]: # (colour, dash) of each
     "The looks of curves, the same in all figures"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from .claims import CLAIMS, check
-from .experiments import EXPERIMENTS
+from .experiments import offered
 from .figures import figure_files, read_table
 from .profiles import PROFILES
 from .results import collect
@@ -55,7 +55,7 @@ def all_verdicts(read: Reader = lying) -> pd.DataFrame: # figure, statement, ban
     "Every claim at every profile of which something is finished"
     rows, sources = [], {}
     for profile in PROFILES:
-        tables = {name: t for name in EXPERIMENTS if (t := committed_table(name, profile, read)) is not None}
+        tables = {name: t for name in offered(profile) if (t := committed_table(name, profile, read)) is not None}
         if not tables: continue
         rows += [check(name, table, profile).assign(profile=profile) for name, table in tables.items()]
         sources[profile] = _source([table.attrs["provenance"] for table in tables.values()])

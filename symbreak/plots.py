@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'FLOOR', 'MARKERS', 'toy', 'propagation', 'accuracy', 'asymmetry', 'by_layer', 'correlation',
-           'effective_width', 'width_ratio', 'strings', 'travel', 'skips', 'start_label', 'survival', 'accuracy_table',
-           'error_dots', 'quotient_equality', 'quotient_cost']
+           'effective_width', 'width_ratio', 'strings', 'travel', 'skips', 'start_label', 'survival', 'twin_gaps',
+           'catching_up', 'accuracy_table', 'error_dots', 'quotient_equality', 'quotient_cost']
 
 # %% ../nbs/30_plots.ipynb #e1e5b34c
 import matplotlib.pyplot as plt
@@ -202,6 +202,23 @@ def survival(table: pd.DataFrame, # one row per run: columns width, skip, warmup
     ax.grid(False)
     ax.set(xlabel="learning rate", title="seeds that survive the first steps")
     return ax
+
+# %% ../nbs/30_plots.ipynb #626e051b
+def twin_gaps(table: pd.DataFrame, # last epochs: columns source, width, epochs, seed, test_accuracy
+) -> pd.DataFrame: # columns width, epochs, seed, gap
+    "abl04: accuracy of the He twin minus that of identical features"
+    by_source = table.pivot_table(index=["width", "epochs", "seed"], columns="source", values="test_accuracy")
+    return (by_source["He init"] - by_source["dropout 1 %"]).rename("gap").reset_index()
+
+def catching_up(table: pd.DataFrame, ax: Axes) -> Axes:
+    "abl04: the gap to the He twin against the epochs of a run, a line for each width"
+    gaps = twin_gaps(table).assign(curve=lambda t: "width " + t.width.astype(str))
+    lines(gaps, ax, "epochs", "gap", percent=True, marker="o")
+    ax.axhline(0, color="0.5", linewidth=0.8)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks := sorted(gaps.epochs.unique()), [f"{t:g}" for t in ticks])
+    ax.set(xlabel="epochs of the run", ylabel="accuracy behind the He twin\n(percentage points)")
+    return legend_right(ax)
 
 # %% ../nbs/30_plots.ipynb #38a7ac12
 def accuracy_table(table: pd.DataFrame,

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .config import Config
 from .data import DataError
-from .experiments import EXPERIMENTS, Planned, Request, plan
+from .experiments import Planned, Request, offered, plan
 from .measurements import archived_measurement, kept_measurement, take_measurement
 from .profiles import PROFILES
 from .records import Run
@@ -73,7 +73,7 @@ def _collect(request: Request, store: Store) -> pd.DataFrame:
     return table
 
 def collect(name: str, # experiment, such as "fig04"
-            profile: str = "quick", # quick, cifar or paper
+            profile: str = "quick", # quick, cifar, full or paper
             device: str = "auto", # auto, cpu, cuda, cuda:N; auto accepts results of any device
             data: str | None = None, # data source in place of the profile's
             store: Store | None = None, # where runs live; None: default_store()
@@ -97,7 +97,7 @@ def _measure(request: Request, store: Store) -> None:
 
 # %% ../nbs/23_results.ipynb #4cb66da0
 def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
-              profile: str = "quick", # quick, cifar or paper
+              profile: str = "quick", # quick, cifar, full or paper
               device: str = "auto", # auto, cpu, cuda, cuda:N; auto also accepts finished runs of other devices
               data: str | None = None, # data source in place of the profile's
               store: Store | None = None, # where runs live; None: default_store()
@@ -135,6 +135,7 @@ def everywhere(request: Request, # its profile does not matter
     "The tidy data of an experiment at all profiles and on all data sets on which it is finished; trains nothing"
     store, found = store or default_store(), []
     for name, profile in PROFILES.items():
+        if request.name not in offered(name): continue
         for source in dict.fromkeys((request.data or profile.base.data, profile.base.data, *DATA_SETS)):
             found.append(_collect(replace(request, profile=name, data=source), store).assign(profile=name))
     return join([table for table in found if not table.attrs["missing"]])
@@ -146,7 +147,7 @@ def archive(profile: str, # such as "cifar"
 ) -> int: # runs and measurements that the folder now holds for this profile
     "Copy the small files of all finished runs and measurements of a profile"
     store, folder = store or default_store(), Path(folder)
-    planned = {p.config for name in EXPERIMENTS for p in plan(Request(name, profile))}
+    planned = {p.config for name in offered(profile) for p in plan(Request(name, profile))}
     finished = [config for config in planned if store.find(config)]
     for config in finished: store.archive(config, folder)
     measured = sorted((Path(store.root)/"measured").glob(f"*-{profile}-*.json"))

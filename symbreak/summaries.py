@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'over_blocks', 'width_factor', 'excess_width', 'string_trend', 'reach', 'break_epoch',
-           'survives', 'largest_difference', 'cost_ratio']
+           'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -102,6 +102,10 @@ def break_epoch(rows: pd.DataFrame, threshold: float = 0.1) -> pd.Series:
 def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
     "Did the seed survive its first steps?"
     return rows.set_index("seed").survives.astype(float)
+
+def bits_differ(one: pd.DataFrame, other: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
+    "Did two runs of one seed end in different weights?"
+    return (one.groupby("seed").digest.last() != other.groupby("seed").digest.last()).astype(float)
 
 def largest_difference(rows: pd.DataFrame) -> pd.Series: return rows.groupby("seed").relative_difference.max()
 

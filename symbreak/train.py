@@ -222,7 +222,8 @@ def finish(trainer: Trainer, journal: Journal, status: str) -> Run: # status: as
     "The run as it stands, also written to its folder"
     record = dict(journal.record, layers=trainer.layers, blocks=trainer.blocks, status=status,
                   epochs_done=trainer.epoch, steps_done=trainer.step,
-                  digests=dict(zip(("step_0", "step_1"), trainer.digests)), wall_s=round(journal.wall_s, 3))
+                  digests=dict(zip(("step_0", "step_1"), trainer.digests), end=weights_digest(trainer.model)),
+                  wall_s=round(journal.wall_s, 3))
     run = Run(trainer.config, journal.metrics, trainer.steps, record, trainer.model)
     if journal.files is not None: save_run(run, journal.files.folder)
     return run

@@ -37,8 +37,12 @@ class Claim:
     low: float = -math.inf  # the band for the mean over seeds
     high: float = math.inf
     unit: str = ""  # "%" shows the numbers times 100, "seeds" counts the seeds for which it is so
-    profiles: tuple[str, ...] = ("quick", "cifar", "paper")  # where it is meant to hold
+    profiles: tuple[str, ...] = ()  # where it is meant to hold; empty: wherever its experiment exists
     headline: str = ""  # of the few that stand for the rest: in the words of a newcomer
+
+    def is_meant_for(self, profile: str) -> bool:
+        "Whether it is judged at a profile"
+        return not self.profiles or profile in self.profiles
 
     @property
     def band(self) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from symbreak.config import Config
-from symbreak.records import device_name, weights_digest
+from symbreak.records import device_name
 from symbreak.train import train
 
 SMALL = dict(train_size=200, test_size=100, epochs=2, width=1, depth=7, batch_size=64)
@@ -50,4 +50,4 @@ def test_weights_are_what_they_were_to_the_bit(name):
         pytest.skip(f"bits are recorded for {', '.join(map(str, BITS))}, and this is {kernels()}: other kernels round "
                     "differently")
     run = train(replace(RUNS[name][0], device="cpu"))
-    assert (*run.record["digests"].values(), weights_digest(run.model)) == BITS[kernels()][name]
+    assert tuple(run.record["digests"].values()) == BITS[kernels()][name]
