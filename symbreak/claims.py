@@ -11,8 +11,8 @@ __all__ = ['HE', 'CONTROL', 'HARDWARE', 'ATOMIC', 'ATOMIC_ROWS', 'ORDERED_ROWS',
 # %% ../nbs/24_claims.ipynb #8790f67e
 import pandas as pd
 
-from .experiments import ONE_FEATURE, Request, offered, outline
-from .profiles import PROFILES, Profile, find_profile
+from .experiments import ONE_FEATURE, Request, outline, seeds
+from .profiles import PROFILES, Profile
 from .summaries import (accuracy, at_end, bits_differ, break_epoch, cost_ratio, difference, excess_width, gap,
                                 largest_difference, over_blocks, range_over_depths, rank_correlation, ratio,
                                 ratio_over_depths, reach, string_trend, survives, width_factor)
@@ -284,6 +284,7 @@ def check(figure: str, # experiment
           profile: str = "quick", # claims of this profile only
 ) -> pd.DataFrame: # figure, statement, band, measured, seeds, verdict
     "The claims of a figure with their verdicts"
-    planned, seeds = outline(Request(figure, profile)), min(3, find_profile(profile).seeds)
-    rows = [judge(c, table, planned, seeds) for c in CLAIMS if c.figure == figure and c.is_meant_for(profile)]
+    request = Request(figure, profile)
+    planned, enough = outline(request), min(3, seeds(request))
+    rows = [judge(c, table, planned, enough) for c in CLAIMS if c.figure == figure and c.is_meant_for(profile)]
     return pd.DataFrame(rows, columns=["figure", "statement", "band", "measured", "seeds", "verdict"])

@@ -6,7 +6,7 @@
 __all__ = ['COMPUTED', 'ATOMIC', 'STARTS', 'SURVIVAL_WIDTHS', 'STRINGS', 'ONE_FEATURE', 'EXPERIMENTS', 'Planned', 'breaker',
            'facts', 'breakers_plan', 'skips_plan', 'survival_plan', 'arithmetic_plan', 'lengths_plan', 'strings_plan',
            'travel_plan', 'toy_plan', 'epoch_rows', 'last_row', 'layer_rows', 'step_rows', 'table_row', 'digest_rows',
-           'survivor_row', 'Experiment', 'offered', 'Request', 'plan', 'outline']
+           'survivor_row', 'Experiment', 'offered', 'Request', 'seeds', 'plan', 'outline']
 
 # %% ../nbs/21_experiments.ipynb #f65bd7fc
 import platform
@@ -241,7 +241,7 @@ EXPERIMENTS = {
     "abl03": Experiment("What the arithmetic of the device does to identical features", arithmetic_plan, digest_rows,
                         ("precision", "reduction", "onednn_isa", "deterministic", "rerun")),
     "abl04": Experiment("The gap to the diverse twin closes with time, and the wider the network, the later",
-                        lengths_plan, last_row, ("init", "breaker", "width", "epochs")),
+                        lengths_plan, last_row, ("init", "breaker", "width", "epochs"), seeds={"cifar": 1}),
 }
 
 # %% ../nbs/21_experiments.ipynb #b5fa8fe4
@@ -279,6 +279,10 @@ class Request:
 def _placed(config: Config, device: str, seed: int) -> Config:
     return replace(config, seed=seed, device=device if config.device == "auto" else config.device)
 
+def seeds(request: Request) -> int:
+    "Runs per curve"
+    return request.experiment.seeds.get(request.profile, request.scale.seeds)
+
 def plan(request: Request) -> list[Planned]: # seeds outermost; empty for a measurement
     "The runs that an experiment is made of"
     experiment, profile = request.experiment, request.scale
@@ -286,7 +290,7 @@ def plan(request: Request) -> list[Planned]: # seeds outermost; empty for a meas
     curves = [replace(p, facts=facts(p.config, profile, experiment.columns) | p.facts)
               for p in experiment.plan(profile)]
     return [replace(p, config=_placed(p.config, request.device, seed))
-            for seed in range(experiment.seeds.get(profile.name, profile.seeds)) for p in curves]
+            for seed in range(seeds(request)) for p in curves]
 
 def outline(request: Request) -> pd.DataFrame: # a row per planned run, or per fact of a measurement
     "The facts that the rows of a table will have"
