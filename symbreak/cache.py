@@ -18,7 +18,6 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from fastcore.xdg import xdg_cache_home
 from filelock import FileLock
 from torch import Tensor
 
@@ -30,7 +29,8 @@ class DataError(OSError):
 def cache_dir(cache: str | Path | None = None, # a folder; None: $SYMBREAK_CACHE, else ~/.cache/symbreak
 ) -> Path:
     "Where decoded and downloaded data are kept"
-    return Path(cache or os.environ.get("SYMBREAK_CACHE") or xdg_cache_home() / "symbreak").expanduser()
+    return Path(cache or os.environ.get("SYMBREAK_CACHE")
+                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "symbreak").expanduser()
 
 # %% ../nbs/10_cache.ipynb #fc9dd575
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")

@@ -170,6 +170,16 @@ class Config(Settings):
     measure_steps: int = 0
     "for that many first steps, also measure the asymmetry of every layer after each step"
 
+    @property
+    def operation_threads(self) -> int:
+        "CPU threads of all operations but atomic additions, which have the threads of a configuration to themselves"
+        return 1 if self.reduction == "atomic" else self.threads
+
+    @property
+    def cores(self) -> int:
+        "Cores that a run needs for itself: one for each thread, unless its additions are made in order"
+        return 1 if self.deterministic and self.reduction == "atomic" else self.threads
+
     def __post_init__(self):
         check_fields(self)
         if self.benchmark and self.deterministic:

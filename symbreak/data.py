@@ -45,10 +45,9 @@ def channel_stats(images: Tensor, # (n, c, height, width) uint8
 # %% ../nbs/10_data.ipynb #6c82d7f0
 def _draw(n, pad, shuffle, generator):
     "The order of `n` images, and for each of them the first row and column of its window, and whether to flip it"
-    where = dict(device=generator.device)
-    order = torch.randperm(n, generator=generator, **where) if shuffle else torch.arange(n, **where)
-    dy, dx = torch.randint(2 * pad + 1, (2, n), generator=generator, **where)
-    flip = torch.rand(n, generator=generator, **where) < 0.5
+    order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+    dy, dx = torch.randint(2 * pad + 1, (2, n), generator=generator)
+    flip = torch.rand(n, generator=generator) < 0.5
     return order, dy, dx, flip
 
 # %% ../nbs/10_data.ipynb #28933f5d
@@ -73,7 +72,7 @@ def _check_treatment(images, batch_size, mean, std, augment, pad):
 
 # %% ../nbs/10_data.ipynb #0a2de66f
 class Loader:
-    "Batches of normalised images, shuffled and augmented on the device that holds the images, without host syncs"
+    "Batches of normalised images, augmented on the device that holds them, in an order that no device changes"
     def __init__(self,
         images: Tensor, # (n, c, height, width) uint8
         labels: Tensor, # (n,) int64, on the same device
@@ -92,7 +91,7 @@ class Loader:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.augment, self.pad, self.shuffle, self.dtype = augment, pad, shuffle, dtype
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.generator = torch.Generator(images.device).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.mean, self.std = (255 * torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
         if augment != "none": self.windows = _windows(images, pad)
 
@@ -100,6 +99,7 @@ class Loader:
 
     def __iter__(self):
         drawn = _draw(len(self.images), self.pad, self.shuffle, self.generator)
+        drawn = [t.to(self.images.device) for t in drawn]
         for part in zip(*(t.split(self.batch_size) for t in drawn)): yield self._batch(*part)
 
     def _batch(self, i, dy, dx, flip):
@@ -114,7 +114,7 @@ class Loader:
 
     def load_state_dict(self, state: dict): # from `state_dict`
         "Continue from where `state_dict` was taken"
-        self.generator.set_state(state["generator"].cpu())
+        self.generator.set_state(state["generator"])
 
 # %% ../nbs/10_data.ipynb #cc2d34a7
 def stratified(labels: Tensor, # (n,) int64

@@ -10,6 +10,7 @@ __all__ = ['distinct_features', 'weight_correlation', 'asymmetry', 'layer_asymme
 import math
 import sys
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,38 @@ def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 di
     if not x.numel() or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: {dim} of shape {tuple(x.shape)}; allowed: an axis of a tensor that is not empty")
     if not atol >= 0: raise ValueError(f"atol: {atol!r}; allowed: >= 0")
-    rows = x.movedim(dim, 0).reshape(x.shape[dim], -1)
-    others = rows[(rows != rows[:1]).any(1)]  # has every row with a NaN that the first lacks
-    if rows[0].isnan().any() or others.isnan().any():
-        raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
+    x = x.movedim(dim, 0)
+    if x.is_floating_point() and x.element_size() == 1: x = x.float()  # float8 has no comparison of its own
+    if x.is_complex(): x = torch.view_as_real(x)
+    rows = x.reshape(len(x), -1)
+    if rows.isnan().any(): raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
     if atol: return _groups(rows, atol)
+    return _different_sorted(rows) if rows.device.type == "cpu" else _different_hashed(rows)
+
+@lru_cache
+def _multipliers(count: int, device: torch.device) -> Tensor: # (count,) int64
+    "Random numbers by which the words of a row are multiplied before they are added"
+    seeded = torch.Generator().manual_seed(0)
+    return torch.randint(-2 ** 63, 2 ** 63 - 1, (count,), generator=seeded).to(device)
+
+def _hashes(rows: Tensor) -> Tensor: # (n,) int64; equal for equal rows
+    "A hash of each row, from the bits of its numbers"
+    if rows.is_floating_point(): rows = rows.double() + 0.  # exact for every dtype, and -0 is 0
+    words = rows.view(torch.int64) if rows.is_floating_point() else rows.to(torch.int64)
+    return ((words ^ (words >> 32)) * _multipliers(words.shape[1], words.device)).sum(1)
+
+def _different_sorted(rows: Tensor) -> int:
+    "Number of different rows, of which many may be equal to the first"
+    others = rows[(rows != rows[:1]).any(1)]
     return 1 + (len(others.unique(dim=0)) if len(others) else 0)
+
+def _different_hashed(rows: Tensor) -> int:
+    "Number of different rows: neighbours in the order of hashes are compared, so that no collision goes unseen"
+    hashes, order = _hashes(rows).sort()
+    new, rows = hashes[1:] != hashes[:-1], rows[order]
+    collided = (rows[1:] != rows[:-1]).any(1) & ~new
+    count = torch.where(collided.any(), -1, 1 + new.sum()).item()
+    return count if count > 0 else len(rows.unique(dim=0))
 
 def _groups(rows: Tensor, atol: float) -> int:
     "Number of groups within `atol` of the first row that no earlier group took"

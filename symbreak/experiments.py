@@ -128,7 +128,7 @@ def arithmetic_plan(profile: Profile) -> list[Planned]:
     kinds = {precision: dict(precision=precision) for precision in precisions}
     kinds |= {f"{precision}, atomic additions": dict(precision=precision) | ATOMIC
               for precision in precisions if precision != "float64"}  # which a CPU adds in order
-    if platform.machine() in ("x86_64", "AMD64"):
+    if profile.emulates_noise and platform.machine() in ("x86_64", "AMD64"):
         kinds["float32, AVX2, depth 10"] = dict(onednn_isa="AVX2", depth=10, channels_last=False, device="cpu",
                                                 precision="float32")
     return [Planned(kind + ", deterministic" * deterministic,

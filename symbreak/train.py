@@ -86,6 +86,7 @@ class Trainer:
         self.epoch, self.step = 0, 0  # how many are done
         self.noise = torch.Generator(device).manual_seed(seed_of(config, "noise"))
         self.model = first_network(config, data, device, self.noise)
+        if config.compile: torch.compiler.reset()  # or the third configuration of a process falls back to eager
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum,
                                          weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
@@ -203,7 +204,7 @@ def epoch_row(trainer: Trainer) -> dict:
 def run_epochs(trainer: Trainer, journal: Journal, stop: Callable | None, checkpoint_every_s: float,
 ) -> str: # "finished", "diverged" or "paused"
     "Epochs until the end, or until `stop` says so"
-    config, saved = trainer.config, time.perf_counter()
+    config, due_at = trainer.config, time.perf_counter() + checkpoint_every_s
     if not journal.metrics: journal.log(dict(epoch=0, step=0, lr=learning_rate(config, 0), **evaluate(trainer)))
     status = "finished" if trainer.epoch >= config.epochs else "running"
     while status == "running":
@@ -212,9 +213,11 @@ def run_epochs(trainer: Trainer, journal: Journal, stop: Callable | None, checkp
         if not math.isfinite(row["train_loss"]): status = "diverged"
         elif trainer.epoch >= config.epochs: status = "finished"
         elif stop is not None and stop(): status = "paused"
-        if status == "paused" or time.perf_counter() - saved > checkpoint_every_s:
+        if status == "paused" or time.perf_counter() > due_at:
+            began = time.perf_counter()
             save_checkpoint(journal, trainer_state(trainer))
             saved = time.perf_counter()
+            due_at = saved + max(checkpoint_every_s, 20 * (saved - began))  # at most a twentieth of the time
     return status
 
 # %% ../nbs/13_train.ipynb #ae2246e8
@@ -235,15 +238,11 @@ def _finished(folder: Path | None, config: Config) -> Run | None:
     check_folder(folder, config)
     return Run.load(folder) if is_finished(folder) else None
 
-def _threads(config: Config) -> int: # of the CPU, for all operations
-    "Atomic additions have the threads of a configuration to themselves, and all else runs on one"
-    return 1 if config.reduction == "atomic" else config.threads
-
 def train(config: Config, # what to train
           folder: Path | str | None = None, # where the run lives; None: nothing is written
           report: Callable | None = None, # called as report(epoch, row) after each epoch
           stop: Callable | None = None, # called as stop() after each epoch; true: checkpoint, return "paused"
-          checkpoint_every_s: float = 15., # seconds between checkpoints
+          checkpoint_every_s: float = 15., # seconds between checkpoints, more where saving takes long
           data: Dataset | None = None, # loaded already, to share it between runs; None: load config.data
 ) -> Run: # with history and record, and with the trained model unless the folder's run was finished already
     "Train one network; in a folder, go on where an earlier call stopped"
@@ -251,7 +250,7 @@ def train(config: Config, # what to train
     if run := _finished(folder, config): return run
     if data is None: data = load(config.data, train_size=config.train_size, test_size=config.test_size)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
-         cpu_threads(_threads(config)), \
+         cpu_threads(config.operation_threads), \
          numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches:
         trainer = Trainer(config, data, device)
         with held(folder, config):

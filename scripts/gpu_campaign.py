@@ -1,0 +1,306 @@
+"""The paper's experiments on one GPU, in pieces of minutes: the same command goes on.
+
+    python scripts/gpu_campaign.py --images cifar10-jpeg.tar.xz --minutes 9 --out DIR
+    python scripts/gpu_campaign.py --import DIR/results.tar.gz
+
+The first form works through a fixed order: a speed table; every arithmetic twice; the probe, where this version has
+one; abl03 and fig07 at profile `paper`; fig04 and fig06 at profile `sprint`. After every run it writes results.tar.gz,
+the small files of all runs, and STATUS.md, which says what is done and what comes next. The second form puts the runs
+of such a file into results/gpu, where figures find them. Needs torch, pandas and Pillow, and nothing to draw with.
+"""
+import argparse
+import json
+import sys
+import tarfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from symbreak import profiles
+from symbreak.cache import cache_dir
+from symbreak.config import Config, resolve_device
+from symbreak.data import Dataset, load
+from symbreak.experiments import ATOMIC, Request, plan
+from symbreak.nets import ConstNet
+from symbreak.numerics import numerics
+from symbreak.records import RunFiles, provenance, read_record, write_json
+from symbreak.runs import Store, copy_small, default_store, home
+from symbreak.train import Trainer, learn, train
+
+DIGEST = "060f3df6f41050d54e8fac7ee0e9cb7ba591e9bb6bc20b1d1784fafbdcba59dc"  # of the tensors that Pillow 12 decodes
+LABEL = "CIFAR-10 (JPEG re-encoded)"
+PEAK = {"H100": dict(tf32=495, bf16=989, float32=67), "H200": dict(tf32=495, bf16=989, float32=67),
+        "A100": dict(tf32=156, bf16=312, float32=19.5)}  # dense TFLOP/s, by the maker's data sheets
+
+
+@dataclass
+class Campaign:
+    """Where everything is, when to stop, and what has been done and has failed so far."""
+    out: Path
+    device: torch.device
+    deadline: float  # by time.monotonic
+    store: Store
+    data: Dataset
+    failures: list[str] = field(default_factory=list)
+    done: dict[str, str] = field(default_factory=dict)  # task -> what came of it
+
+    def spent(self) -> bool: return time.monotonic() >= self.deadline
+
+    def path(self, name: str) -> Path: return self.store.root / "gpu" / name
+
+
+# images
+
+def images_of(archive: Path | None, source: str) -> Dataset:
+    """The images of the profiles, unpacked if they are not there yet; others under a label of their own."""
+    folder = cache_dir() / "cifar10-jpeg"
+    if archive is not None and not (folder / "LABEL").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar: tar.extractall(folder, filter="data")
+        (folder / "LABEL").write_text(LABEL)
+    data = load(source, progress=False)
+    if source == "folder:cifar10-jpeg" and data.digest != DIGEST:
+        print("These images decode to other pixels than those of the committed results; they get another label.")
+        (folder / "LABEL").write_text(f"{LABEL}, digest {data.digest[:8]}")
+        data = load(source, progress=False)
+    return data
+
+
+# runs
+
+def is_cuda_error(error: BaseException) -> bool:
+    """Whether the device is lost to this process."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+
+
+def attempt(campaign: Campaign, what: str, do: Callable[[], str]) -> None:
+    """Do it; an error is logged and the next thing begins, unless the device is gone."""
+    try: campaign.done[what] = do()
+    except Exception as error:
+        if is_cuda_error(error): raise
+        campaign.failures.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        (campaign.out / "errors.log").open("a").write(f"== {what}\n{traceback.format_exc()}\n")
+    print(f"{what}: {campaign.done.get(what, 'failed')}", flush=True)
+    save(campaign)
+
+
+def run_one(campaign: Campaign, config: Config) -> str:
+    """Train one configuration as far as the time allows."""
+    if (found := campaign.store.load(config)) is None:
+        images = campaign.data.subset(config.train_size, config.test_size)
+        found = train(config, campaign.store.folder(config), stop=campaign.spent, data=images)
+    last = found.history.iloc[-1]
+    accuracy = last.get("test_accuracy", float("nan"))
+    return f"{found.record['status']}, {found.record['epochs_done']} epochs, {100 * accuracy:.1f} % test accuracy"
+
+
+def figure(campaign: Campaign, name: str, profile: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The runs of a figure, in the order of its plan."""
+    for p in plan(Request(name, profile, campaign.device.type)):
+        again = ", again" * p.config.rerun
+        yield f"{name} at {profile}: {p.curve}, seed {p.config.seed}{again}", lambda c=p.config: run_one(campaign, c)
+
+
+# (1) speed
+
+def training_flop(config: Config, data: Dataset) -> float:
+    """FLOP of a training image: three times those of its forward pass."""
+    net = ConstNet(config.depth, config.width, data.num_classes, data.in_channels).to("meta")
+    with FlopCounterMode(display=False) as counter: net(torch.empty(1, *data.train_images.shape[1:], device="meta"))
+    return 3. * counter.get_total_flops()
+
+
+def seconds_per_step(config: Config, data: Dataset, device: torch.device, steps: int) -> float:
+    """Time of a training step after as many to warm up."""
+    def wait():
+        if device.type == "cuda": torch.cuda.synchronize(device)
+    with numerics(config.deterministic, config.precision == "tf32", config.benchmark):
+        trainer = Trainer(config, data, device)
+        batches = iter(trainer.train_data)
+        for _ in range(steps): learn(trainer, *next(batches))
+        wait()
+        began = time.perf_counter()
+        for _ in range(steps): learn(trainer, *next(batches))
+        wait()
+        return (time.perf_counter() - began) / steps
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    return ("tf32", "bf16", "float32") if device.type == "cuda" else ("float32",)
+
+
+def speed_table(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Steps of every kind: one that fails says so now and not in hours."""
+    path, base = campaign.path("speed.json"), profiles.PROFILES["sprint"].base
+    rows = json.loads(path.read_text()) if path.exists() else []
+    kinds = [dict(precision=precision, channels_last=last, benchmark=benchmark) for precision in
+             precisions(campaign.device) for last in (True, False) for benchmark in (False, True)]
+    kinds += [dict(precision=precisions(campaign.device)[0], channels_last=True) | more
+              for more in (dict(deterministic=True), dict(dropout=0.01), dict(compile=True), ATOMIC,
+                           ATOMIC | dict(deterministic=True), dict(quotient=True, precision="float32"))]
+
+    def measure(kind: dict) -> str:
+        config = replace(base, warmup=0, **kind)
+        batches = len(campaign.data.train_labels) // config.batch_size
+        s = seconds_per_step(config, campaign.data, campaign.device, steps=min(20, batches // 2))
+        flop = training_flop(config, campaign.data) * config.batch_size / s / 1e12
+        peak = next((p for name, p in PEAK.items() if name in provenance(campaign.device)["device_name"]), {})
+        share = flop / peak[config.precision] if config.precision in peak else None
+        epoch = s * -(-len(campaign.data.train_labels) // config.batch_size)
+        rows.append(dict(kind=kind, step_s=s, epoch_s=epoch, tflops=flop, share_of_peak=share))
+        write_json(path, rows)
+        return f"{epoch:.1f} s per epoch, {flop:.1f} TFLOP/s" + (f", {100 * share:.0f} % of peak" if share else "")
+
+    for kind in kinds:
+        if kind not in [row["kind"] for row in rows]:
+            yield f"speed: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: measure(k)
+
+
+# (2) every arithmetic twice
+
+def pairs(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
+    """50 steps from one seed, twice: equal bits? one feature left?"""
+    base = profiles.PROFILES["sprint"].base
+    size = min(50 * base.batch_size, len(campaign.data.train_labels))
+    base = replace(base, epochs=1, warmup=0, train_size=size, test_size=min(1000, len(campaign.data.test_labels)),
+                   schedule="constant", device=campaign.device.type)
+
+    def compare(kind: dict) -> str:
+        runs = []
+        for rerun in (0, 1):
+            config = replace(base, rerun=rerun, **kind)
+            images = campaign.data.subset(config.train_size, config.test_size)
+            runs.append(campaign.store.train(config, data=images))
+        equal = len({run.record["digests"]["end"] for run in runs}) == 1
+        asymmetry = runs[0].history.asymmetry.iloc[-1]
+        return f"{'equal' if equal else 'different'} bits, asymmetry {asymmetry:.1e}"
+
+    for precision in precisions(campaign.device):
+        for deterministic in (False, True):
+            for more in ({}, ATOMIC, dict(benchmark=True)):
+                if deterministic and "benchmark" in more: continue
+                kind = dict(precision=precision, deterministic=deterministic, **more)
+                yield f"twice: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: compare(k)
+
+
+# (3) the probe
+
+def probe(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What each operation of this device does, by `symbreak.hardware`, where this version has it."""
+    try: from symbreak.hardware import probe as ask
+    except ImportError: return
+    path = campaign.path("probe.csv")
+
+    def measure() -> str:
+        table = ask(campaign.device.type)
+        table.to_csv(path, index=False)
+        return f"{len(table)} rows"
+
+    if not path.exists(): yield "probe", measure
+
+
+# what is left behind
+
+def save(campaign: Campaign) -> None:
+    """results.tar.gz and STATUS.md."""
+    small = campaign.out / "small"
+    for files in map(RunFiles, sorted(campaign.store.root.glob("[0-9a-f]" * 12))):
+        if files.config.exists(): copy_small(files.folder, small)
+    write_status(campaign)
+    temporary = campaign.out / ".results.tar.gz"
+    with tarfile.open(temporary, "w:gz") as tar:
+        if small.exists(): tar.add(small, "runs")
+        if campaign.path("").exists(): tar.add(campaign.path(""), "gpu")
+        for name in ("STATUS.md", "errors.log"):
+            if (campaign.out / name).exists(): tar.add(campaign.out / name, name)
+    temporary.replace(campaign.out / "results.tar.gz")
+
+
+def write_status(campaign: Campaign, ahead: str = "") -> None:
+    """What is done, what failed, and what the next call does."""
+    where = provenance(campaign.device)
+    lines = ["# GPU campaign", "", f"{where['device_name']}, torch {where['torch']}, CUDA {where['cuda']}, "
+             f"cuDNN {where['cudnn']}, driver {where['driver']}, commit {where['commit']}", "",
+             *(f"- {what}: {came}" for what, came in campaign.done.items()), "",
+             *(f"- FAILED {failure}" for failure in campaign.failures), "",
+             f"Next: {ahead}" if ahead else "Under way."]
+    (campaign.out / "STATUS.md").write_text("\n".join(lines) + "\n")
+
+
+def work_through(campaign: Campaign) -> str:
+    """All tasks in their order until the time is up; what comes next."""
+    figures = (("abl03", "paper"), ("fig07", "paper"), ("fig04", "sprint"), ("fig06", "sprint"))
+    for part in (speed_table(campaign), pairs(campaign), probe(campaign), *(figure(campaign, *f) for f in figures)):
+        for what, do in part:
+            if campaign.spent(): return what
+            attempt(campaign, what, do)
+    return "nothing: all is done"
+
+
+def bring_in(archive: Path, target: Path) -> int:
+    """Put the finished runs of results.tar.gz into an archive of the repository; how many."""
+    kept = {path.name for path in RunFiles(Path()).kept}
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            parts = Path(member.name).parts
+            if not member.isfile() or len(parts) != 3 or parts[0] != "runs" or parts[2] not in kept: continue
+            folder = target / parts[1]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / parts[2]).write_bytes(tar.extractfile(member).read())
+    finished = 0
+    for folder in sorted(target.iterdir()):
+        files = RunFiles(folder)
+        if not files.config.exists(): continue
+        config = Config.from_dict(json.loads(files.config.read_text()))
+        if config.hash != folder.name: raise ValueError(f"{folder}: holds the run {config.hash}; delete the folder")
+        finished += read_record(folder).get("status", "paused") != "paused"
+    return finished
+
+
+def rehearse() -> None:
+    """Networks of width 1, two epochs, digits: every piece works, on a CPU too, but for TF32 there."""
+    small = dict(data="digits", width=1, epochs=2, batch_size=64, precision="float32")
+    for name in ("paper", "sprint"):
+        profile = profiles.PROFILES[name]
+        profiles.PROFILES[name] = replace(profile, base=replace(profile.base, **small, depth=7),
+                                          leaky=replace(profile.leaky, **small))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="archive of an image folder with train/CLASS/* and test/CLASS/*")
+    parser.add_argument("--minutes", type=float, default=9., help="pause cleanly after that many (default 9)")
+    parser.add_argument("--out", type=Path, default=Path("gpu-campaign"), help="where results.tar.gz and STATUS.md go")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rehearse", action="store_true", help="everything at reduced size, on digits")
+    parser.add_argument("--import", dest="bring", type=Path, metavar="results.tar.gz", help="fill results/gpu from it")
+    options = parser.parse_args(argv)
+    if options.bring is not None:
+        print(f"{bring_in(options.bring, home() / 'results' / 'gpu')} finished runs in results/gpu")
+        return 0
+    if options.rehearse: rehearse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    store = default_store()
+    (store.root / "gpu").mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    data = images_of(options.images, profiles.PROFILES["sprint"].base.data)
+    campaign = Campaign(options.out, resolve_device(options.device), deadline, store, data)
+    print(f"{data}; {json.dumps(asdict(profiles.PROFILES['sprint'].base))}", flush=True)
+    try: ahead, code = work_through(campaign), 0
+    except Exception as error:
+        if not is_cuda_error(error): raise
+        campaign.failures.append(f"the device: {str(error).splitlines()[0]}")
+        ahead, code = "the same command, in a new process: the device was lost", 1
+    save(campaign)
+    write_status(campaign, ahead)
+    print(f"Next: {ahead}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The campaign for a GPU, as far as a CPU can tell: every piece at reduced size, on a machine that lacks what draws."""
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from symbreak.config import Config
+from symbreak.data import load
+from symbreak.nets import ConstNet, LeakyNet
+from symbreak.records import git_commit
+from symbreak.runs import is_finished
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "gpu_campaign.py"
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"fastcore", "tyro", "papermill", "nbdev", "rich", "nbformat", "nbclient", "nbconvert",
+                                  "IPython", "traitlets"}: raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def blocked(code, *arguments, **environment):
+    """Run code where the packages that draw, document and parse do not exist."""
+    return subprocess.run([sys.executable, "-c", BLOCKED + code, *map(str, arguments)], text=True, capture_output=True,
+                          env=os.environ | environment, timeout=300)
+
+
+def campaign(*arguments, **environment):
+    return blocked(f"import runpy; sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')",
+                   *arguments, **environment)
+
+
+def test_a_campaign_from_python_draws_nothing_and_says_so(tmp_path):
+    done = blocked("import symbreak.campaign as c\n"
+                   "if __name__ == '__main__': print(len(c.run(['fig11'], out=sys.argv[1])['fig11']))",
+                   tmp_path / "out", SYMBREAK_RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0 and "fig11: not drawn, since papermill is not installed" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_the_campaign_pauses_goes_on_and_is_brought_in(tmp_path):
+    where = dict(SYMBREAK_RUNS=str(tmp_path / "runs"), SYMBREAK_COMMIT="0123456789")
+    options = ("--rehearse", "--device", "cpu", "--out", tmp_path / "out")
+    first = campaign(*options, "--minutes", "0", **where)
+    assert first.returncode == 0, first.stderr
+    assert "Next: speed: precision=float32" in (tmp_path / "out" / "STATUS.md").read_text()
+    for _ in range(20):  # as many calls as this machine needs
+        again = campaign(*options, "--minutes", "0.3", **where)
+        assert again.returncode == 0, again.stderr
+        status = (tmp_path / "out" / "STATUS.md").read_text()
+        if re.search("^Next: (abl03|fig07)", status, re.MULTILINE): break
+    assert re.search(r"^- twice: precision=float32 deterministic=True.* equal bits, asymmetry 0", status, re.MULTILINE)
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as tar: names = tar.getnames()
+    assert "gpu/speed.json" in names and "STATUS.md" in names and any(n.endswith("metrics.jsonl") for n in names)
+    speed = json.loads((tmp_path / "runs" / "gpu" / "speed.json").read_text())
+    assert {"compile", "deterministic", "quotient"} <= set().union(*(row["kind"] for row in speed))
+    checkout = tmp_path / "checkout"
+    (checkout / "symbreak").mkdir(parents=True)
+    (checkout / "settings.ini").touch()
+    brought = blocked("import importlib.util, pathlib\n"
+                      f"spec = importlib.util.spec_from_file_location('gpu_campaign', {str(SCRIPT)!r})\n"
+                      "module = importlib.util.module_from_spec(spec); sys.modules['gpu_campaign'] = module\n"
+                      "spec.loader.exec_module(module)\n"
+                      "print(module.bring_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])))",
+                      tmp_path / "out" / "results.tar.gz", checkout / "results" / "gpu")
+    assert brought.returncode == 0, brought.stderr
+    folders = list((checkout / "results" / "gpu").iterdir())
+    assert int(brought.stdout) == sum(map(is_finished, folders)) > 5
+    for folder in folders:
+        assert Config.from_dict(json.loads((folder / "config.json").read_text())).hash == folder.name
+
+
+def test_the_commit_of_a_copy_without_git_can_be_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no git
+    monkeypatch.setenv("SYMBREAK_COMMIT", "0123456789")
+    assert git_commit() == "0123456789"
+    monkeypatch.delenv("SYMBREAK_COMMIT")
+    assert git_commit() == "unknown"
+
+
+@pytest.mark.parametrize("make", [lambda: ConstNet(16, 10, in_channels=1), lambda: ConstNet(16, 10, 10, 1, "he"),
+                                  lambda: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=1)],
+                         ids=["ConstNet", "He", "LeakyNet"])
+def test_a_step_at_full_size_mixes_no_devices(make):
+    """On the meta device, where shapes, dtypes and devices are all there is: loader, network, loss, gradients."""
+    net = make().to("meta")
+    x, y = next(iter(load("digits").to("meta").loader("train", 32, augment="crop_flip")))
+    F.cross_entropy(net(x), y).backward()
+    assert {p.grad.device.type for p in net.parameters()} == {"meta"}
+    torch.optim.SGD(net.parameters(), 0.03, momentum=0.9, weight_decay=5e-4).step()
