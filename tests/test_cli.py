@@ -41,7 +41,7 @@ def test_help_is_fast():
 @pytest.mark.parametrize("argv, named", [
     (["frobnicate"], "verb: 'frobnicate'; allowed: reproduce"),
     (["reproduce", "fig99"], "experiment: 'fig99'; allowed: fig01"),
-    (["reproduce", "--profile", "huge"], "profile: 'huge'; allowed: quick, cifar, paper"),
+    (["reproduce", "--profile", "huge"], "profile: 'huge'; allowed: quick, cifar, full, paper, sprint"),
     (["reproduce", "--device", "tpu"], "device: 'tpu'; allowed: auto, cpu, cuda"),
     (["reproduce", "--workers", "0"], "workers: 0; allowed: at least 1"),
     (["train", "--data", "imagenet"], "'imagenet'; allowed: digits"),
