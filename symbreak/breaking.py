@@ -100,7 +100,7 @@ def _nudge(model: nn.Module, config, generator: torch.Generator | None = None, s
 
 # %% ../nbs/05_breaking.ipynb #22917f31
 BREAKERS = (
-    Breaker("weight noise", lambda c: c.weight_noise > 0,
+    Breaker("weight noise", lambda c: c.weight_noise > 0 and c.copies == 1,
             on_weights=lambda model, c, generator: perturb_(model, c.weight_noise, generator)),
     Breaker("dropout", lambda c: c.dropout > 0),
     Breaker("input noise", lambda c: c.input_noise > 0,

@@ -21,7 +21,8 @@ import torch
 def check_type(name: str, value, hint) -> None:
     "Raise ValueError, which names the field and what is allowed, unless `value` fits the annotation `hint`"
     if get_origin(hint) is Literal:
-        if value not in get_args(hint): raise ValueError(f"{name}: {value!r}; allowed: {', '.join(get_args(hint))}")
+        if value not in get_args(hint) or isinstance(value, bool):
+            raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(str, get_args(hint)))}")
         return
     kinds = get_args(hint) or (hint,)
     fits = isinstance(value, kinds) or (float in kinds and type(value) is int)
@@ -126,6 +127,8 @@ class Config(Settings):
     "null control: standard deviation of noise on the normalised images"
     quotient: bool = False
     "exact control: train the one-copy quotient, which never breaks symmetry"
+    copies: Literal[1, 3] = 1
+    "of each feature in a quotient; 3: weight_noise parts two of them from the rest (`symbreak.growth`)"
 
     epochs: int = 60
     "passes over the training images"
@@ -184,6 +187,8 @@ class Config(Settings):
         check_fields(self)
         if self.benchmark and self.deterministic:
             raise ValueError("benchmark: True with deterministic=True, but stopwatches are not; allowed: False")
+        if self.copies > 1 and not (self.quotient and self.net == "ConstNet" and self.weight_noise > 0):
+            raise ValueError(f"copies: {self.copies}; allowed: 1, and 3 for ConstNet with quotient and weight_noise")
         if self.reduction == "hardware": return
         if self.quotient:
             raise ValueError(f"reduction: {self.reduction!r} with quotient=True, which has no sums over features to "
