@@ -25,9 +25,10 @@ from symbreak import profiles
 from symbreak.cache import cache_dir
 from symbreak.config import Config, resolve_device
 from symbreak.data import Dataset, load
-from symbreak.experiments import ATOMIC, Request, plan
+from symbreak.experiments import Request, plan
 from symbreak.nets import ConstNet
 from symbreak.numerics import numerics
+from symbreak.plans import ATOMIC
 from symbreak.records import RunFiles, provenance, read_record, write_json
 from symbreak.runs import Store, copy_small, default_store, home
 from symbreak.train import Trainer, learn, train

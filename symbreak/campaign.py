@@ -24,9 +24,10 @@ from pathlib import Path
 
 from pandas import DataFrame
 
-from .experiments import Planned, Request, offered, plan
+from .experiments import Request, offered, plan
 from .figures import FigureFiles, figure_files, find_notebook
 from .measurements import source_digest
+from .plans import Planned
 from .records import write_json
 from .results import collect, everywhere, is_complete, reproduce
 from .runs import Store, default_store, execute, longest_first

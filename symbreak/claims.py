@@ -11,7 +11,8 @@ __all__ = ['HE', 'CONTROL', 'HARDWARE', 'ATOMIC', 'ATOMIC_ROWS', 'ORDERED_ROWS',
 # %% ../nbs/24_claims.ipynb #8790f67e
 import pandas as pd
 
-from .experiments import ONE_FEATURE, Request, outline, seeds
+from .experiments import Request, outline, seeds
+from .plans import ONE_FEATURE
 from .profiles import PROFILES, Profile
 from .summaries import (accuracy, at_end, bits_differ, break_epoch, cost_ratio, difference, excess_width, gap,
                                 largest_difference, over_blocks, range_over_depths, rank_correlation, ratio,

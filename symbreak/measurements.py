@@ -26,7 +26,8 @@ from .anatomy import describe
 from .numerics import numerics
 from .config import resolve_device
 from .data import load
-from .experiments import STRINGS, Request
+from .experiments import Request
+from .plans import STRINGS
 from .nets import ConstNet, LeakyNet
 from .profiles import Profile
 from .propagation import NETWORKS, propagate

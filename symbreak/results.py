@@ -14,8 +14,9 @@ import pandas as pd
 
 from .config import Config
 from .data import DataError
-from .experiments import Planned, Request, offered, plan
+from .experiments import Request, offered, plan
 from .measurements import archived_measurement, kept_measurement, take_measurement
+from .plans import Planned
 from .profiles import PROFILES
 from .records import Run
 from .runs import Store, default_store, execute, longest_first

@@ -8,7 +8,7 @@ import pytest
 from symbreak import campaign, cli
 from symbreak.campaign import Campaign, carry_out, run
 from symbreak.config import Config
-from symbreak.experiments import Planned
+from symbreak.plans import Planned
 from symbreak.runs import Store
 
 

@@ -9,7 +9,8 @@ import pytest
 from symbreak import claims, experiments
 from symbreak.claims import CLAIMS, check
 from symbreak.config import Config
-from symbreak.experiments import EXPERIMENTS, Experiment, Planned, Request, last_row, offered, outline, plan
+from symbreak.experiments import EXPERIMENTS, Experiment, Request, last_row, offered, outline, plan
+from symbreak.plans import Planned
 from symbreak.profiles import PROFILES
 from symbreak.results import collect, reproduce
 from symbreak.runs import Store, default_store, home

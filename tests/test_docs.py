@@ -15,7 +15,7 @@ import yaml
 from symbreak import pages
 from symbreak.claims import CLAIMS
 from symbreak.config import Config
-from symbreak.experiments import Planned
+from symbreak.plans import Planned
 from symbreak.pages import mathml
 
 ROOT = Path(__file__).resolve().parents[1]
