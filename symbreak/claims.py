@@ -6,7 +6,7 @@
 __all__ = ['HE', 'CONTROL', 'HARDWARE', 'ATOMIC', 'ATOMIC_ROWS', 'ORDERED_ROWS', 'SMALL', 'NARROW', 'ALL', 'TOY_CLAIMS',
            'PROPAGATION_CLAIMS', 'ATOMIC_CLAIMS', 'KERNEL_CLAIMS', 'BREAKER_CLAIMS', 'TABLE_CLAIMS', 'SKIP_CLAIMS',
            'WHERE', 'CORRELATION_CLAIMS', 'WIDTH_CLAIMS', 'STRING_CLAIMS', 'TRAVEL_CLAIMS', 'SURVIVAL_CLAIMS',
-           'ARITHMETIC_CLAIMS', 'LENGTH_CLAIMS', 'QUOTIENT_CLAIMS', 'CLAIMS', 'broken_by', 'check']
+           'ARITHMETIC_CLAIMS', 'LENGTH_CLAIMS', 'QUOTIENT_CLAIMS', 'CLAIMS', 'broken_by', 'verdicts']
 
 # %% ../nbs/24_claims.ipynb #8790f67e
 import pandas as pd
@@ -280,7 +280,7 @@ CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRE
                        *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS]
 
 # %% ../nbs/24_claims.ipynb #f463a2a5
-def check(figure: str, # experiment
+def verdicts(figure: str, # experiment
           table: pd.DataFrame, # its tidy data, as reproduce returns it
           profile: str = "quick", # claims of this profile only
 ) -> pd.DataFrame: # figure, statement, band, measured, seeds, verdict

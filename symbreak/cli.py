@@ -29,8 +29,8 @@ def console() -> "rich.console.Console":
 def judged(tables: dict, profile: str) -> "pandas.DataFrame":
     "Every claim of the tables with its verdict"
     import pandas as pd
-    from symbreak.claims import check
-    return pd.concat([check(name, table, profile) for name, table in tables.items()], ignore_index=True)
+    from symbreak.claims import verdicts
+    return pd.concat([verdicts(name, table, profile) for name, table in tables.items()], ignore_index=True)
 
 # %% ../nbs/34_cli.ipynb #fdd71685
 def print_claims(tables: dict, # figure -> its tidy data

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .claims import check
+from .claims import verdicts
 from .experiments import Request
 from .records import write_atomic
 from .results import everywhere, reproduce
@@ -94,7 +94,7 @@ _COLOURS = {REPRODUCED: "#116329", NOT_REPRODUCED: "#a40e26", NOT_TESTED: "#7d4e
 
 class Verdicts:
     "The claims of a figure with their verdicts, as a table in colour"
-    def __init__(self, claims: pd.DataFrame): self.claims = claims # rows of symbreak.claims.check
+    def __init__(self, claims: pd.DataFrame): self.claims = claims # rows of symbreak.claims.verdicts
 
     def __repr__(self) -> str:
         return "\n".join(f"{r.verdict}: {r.statement}: {r.measured or '-'} (band: {r.band})"
@@ -138,4 +138,4 @@ class Exhibit:
     @property
     def verdicts(self) -> Verdicts:
         "The claims of the figure at this profile"
-        return Verdicts(check(self.request.name, self.table, self.request.profile))
+        return Verdicts(verdicts(self.request.name, self.table, self.request.profile))

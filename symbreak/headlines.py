@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .claims import CLAIMS, check
+from .claims import CLAIMS, verdicts as judged
 from .experiments import offered
 from .figures import figure_files, read_table
 from .profiles import PROFILES
@@ -57,7 +57,7 @@ def all_verdicts(read: Reader = lying) -> pd.DataFrame: # figure, statement, ban
     for profile in PROFILES:
         tables = {name: t for name in offered(profile) if (t := committed_table(name, profile, read)) is not None}
         if not tables: continue
-        rows += [check(name, table, profile).assign(profile=profile) for name, table in tables.items()]
+        rows += [judged(name, table, profile).assign(profile=profile) for name, table in tables.items()]
         sources[profile] = _source([table.attrs["provenance"] for table in tables.values()])
     found = pd.concat(rows, ignore_index=True)
     found.attrs["source"] = sources

@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 from nbformat import NotebookNode
 
-from .claims import check
+from .claims import verdicts as judged
 from .experiments import EXPERIMENTS
 from .figures import figure_files, notebook_paths, small_print
 from .headlines import HEADLINES
@@ -31,7 +31,7 @@ from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 def verdicts(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment -> its tidy data
 ) -> pd.DataFrame: # rows of claims.check, with profile and headline, the profiles of a claim together
     "Every claim with its verdict, at each of the profiles"
-    rows = pd.concat([check(name, table, profile).assign(profile=profile)
+    rows = pd.concat([judged(name, table, profile).assign(profile=profile)
                       for profile, named in tables.items() for name, table in named.items()], ignore_index=True)
     rows["headline"] = [HEADLINES.get((row.figure, row.statement), "") for row in rows.itertuples()]
     claim = rows.groupby(["figure", "statement"], sort=False).ngroup()

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from symbreak import claims, experiments
-from symbreak.claims import CLAIMS, check
+from symbreak.claims import CLAIMS, verdicts
 from symbreak.config import Config
 from symbreak.experiments import EXPERIMENTS, Experiment, Request, last_row, offered, outline, plan
 from symbreak.plans import Planned
@@ -79,7 +79,7 @@ def test_adding_an_experiment(tmp_path, monkeypatch):
                                                                      ("batch_size",)))
     monkeypatch.setattr(claims, "CLAIMS", [batch_claim])
     store = Store(tmp_path)
-    assert check("toy01", collect("toy01", store=store)).verdict.tolist() == [NOT_TESTED]
+    assert verdicts("toy01", collect("toy01", store=store)).verdict.tolist() == [NOT_TESTED]
     table = reproduce("toy01", store=store)
     assert table.groupby("batch_size").size().to_dict() == {32: 3, 64: 3}
-    assert check("toy01", table).seeds.tolist() == [3]
+    assert verdicts("toy01", table).seeds.tolist() == [3]
