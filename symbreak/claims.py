@@ -6,7 +6,7 @@
 __all__ = ['HE', 'CONTROL', 'HARDWARE', 'ATOMIC', 'ATOMIC_ROWS', 'ORDERED_ROWS', 'SMALL', 'NARROW', 'ALL', 'TOY_CLAIMS',
            'PROPAGATION_CLAIMS', 'ATOMIC_CLAIMS', 'KERNEL_CLAIMS', 'BREAKER_CLAIMS', 'TABLE_CLAIMS', 'SKIP_CLAIMS',
            'WHERE', 'CORRELATION_CLAIMS', 'WIDTH_CLAIMS', 'STRING_CLAIMS', 'TRAVEL_CLAIMS', 'SURVIVAL_CLAIMS',
-           'ARITHMETIC_CLAIMS', 'LENGTH_CLAIMS', 'QUOTIENT_CLAIMS', 'CLAIMS', 'broken_by', 'verdicts']
+           'ARITHMETIC_CLAIMS', 'LENGTH_CLAIMS', 'GROWTH_CLAIMS', 'QUOTIENT_CLAIMS', 'CLAIMS', 'broken_by', 'verdicts']
 
 # %% ../nbs/24_claims.ipynb #8790f67e
 import pandas as pd
@@ -15,8 +15,8 @@ from .experiments import Request, outline, seeds
 from .plans import ONE_FEATURE
 from .profiles import PROFILES, Profile
 from .summaries import (accuracy, at_end, bits_differ, break_epoch, cost_ratio, difference, excess_width, gap,
-                                largest_difference, over_blocks, range_over_depths, rank_correlation, ratio,
-                                ratio_over_depths, reach, string_trend, survives, width_factor)
+                                largest_difference, linearity, over_blocks, prediction_error, range_over_depths,
+                                rank_correlation, ratio, ratio_over_depths, reach, string_trend, survives, width_factor)
 from .verdicts import Claim, Rows, judge
 
 # %% ../nbs/24_claims.ipynb #2dcfe20a
@@ -269,6 +269,12 @@ def _length_claims(profile: Profile) -> list[Claim]:
 LENGTH_CLAIMS = [claim for name in ("quick", "cifar", "paper") for claim in _length_claims(PROFILES[name])]
 
 # %% ../nbs/24_claims.ipynb #fc179705
+GROWTH_CLAIMS = [
+    Claim("fig09", "time to break is linear in ln(1 / noise at the start) (R^2)", linearity,
+          (dict(source="all features"),), low=0.98),
+    Claim("fig09", "three copies foretell when symmetry breaks (largest error, in units of an epoch or 5 %)",
+          prediction_error, (dict(source="all features"), dict(source="three copies")), high=1.)]
+
 QUOTIENT_CLAIMS = [
     Claim("fig11", "wide network and quotient: largest relative difference of the loss (float64)", largest_difference,
           (dict(part="equality"),), high=1e-10),
@@ -277,7 +283,7 @@ QUOTIENT_CLAIMS = [
 
 CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRELATION_CLAIMS, *STRING_CLAIMS,
                        *TRAVEL_CLAIMS, *WIDTH_CLAIMS, *QUOTIENT_CLAIMS, *TABLE_CLAIMS, *SKIP_CLAIMS, *SURVIVAL_CLAIMS,
-                       *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS]
+                       *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS, *GROWTH_CLAIMS]
 
 # %% ../nbs/24_claims.ipynb #f463a2a5
 def verdicts(figure: str, # experiment

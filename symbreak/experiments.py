@@ -14,8 +14,8 @@ from functools import partial
 import pandas as pd
 
 from .config import Config, resolve_device
-from .plans import (Planned, arithmetic_plan, breakers_plan, facts, lengths_plan, skips_plan, strings_plan,
-                            survival_plan, toy_plan, travel_plan)
+from .plans import (Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan, skips_plan,
+                            strings_plan, survival_plan, toy_plan, travel_plan)
 from .profiles import Profile, find_profile, on_data
 from .propagation import NETWORKS
 from .records import Run
@@ -71,6 +71,8 @@ EXPERIMENTS = {
                         step_rows, ("net", "breaker")),
     "fig08": _BREAKERS("Effective width: do layers that start identical come to use as many directions as their "
                        "diverse twins?", rows=layer_rows("effective_width")),
+    "fig09": Experiment("Noise grows until symmetry breaks, and three copies of each feature foretell when",
+                        growth_plan, columns=("weight_noise", "copies", "precision", "width")),
     "fig11": Experiment("An unbroken network is a one-channel network",
                         outline=(dict(part="equality"), *(dict(part="cost", network=n) for n in ("wide", "quotient")))),
     "tab01": _BREAKERS("Last-epoch accuracy of identical features and their diverse twin", rows=table_row,

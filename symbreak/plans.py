@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPUTED', 'ATOMIC', 'STARTS', 'SURVIVAL_WIDTHS', 'STRINGS', 'ONE_FEATURE', 'Planned', 'breaker', 'facts',
-           'breakers_plan', 'skips_plan', 'survival_plan', 'arithmetic_plan', 'lengths_plan', 'strings_plan',
-           'travel_plan', 'toy_plan']
+           'breakers_plan', 'skips_plan', 'survival_plan', 'arithmetic_plan', 'lengths_plan', 'growth_plan',
+           'strings_plan', 'travel_plan', 'toy_plan']
 
 # %% ../nbs/20a_plans.ipynb #c71f606c
 import platform
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from .breaking import breaker_names
 from .config import Config
+from .prediction import three_copies
 from .profiles import Profile
 
 # %% ../nbs/20a_plans.ipynb #6327f4ba
@@ -134,10 +135,20 @@ def lengths_plan(profile: Profile) -> list[Planned]:
     "abl04: epochs and width"
     base = profile.base
     lengths = [replace(base, width=width, epochs=base.epochs // parts, weight_decay=parts * base.weight_decay)
-               for width in profile.widths for parts in (4, 2, 1)]
+               for width in profile.widths for parts in profile.shares]
     curves = {"He init": dict(init="he"), "dropout 1 %": dict(dropout=0.01)}
     return [Planned(f"{curve}, width {config.width}, {config.epochs} epochs", replace(config, **changes),
                     dict(source=curve)) for config in lengths for curve, changes in curves.items()]
+
+# %% ../nbs/20a_plans.ipynb #fa355e03
+def growth_plan(profile: Profile) -> list[Planned]:
+    "fig09: noise at the start, measured on all features and on three copies"
+    base = replace(profile.base, width=1, epochs=profile.base.epochs // 2, schedule="constant", channels_last=False,
+                   precision="float64", measure_every=1)
+    sources = {"all features": lambda eps: replace(base, weight_noise=eps),
+               "three copies": lambda eps: three_copies(base, eps)}
+    return [Planned(f"{source}, noise {eps:g}", make(eps), dict(source=source))
+            for source, make in sources.items() for eps in profile.noises]
 
 # %% ../nbs/20a_plans.ipynb #b5bf33aa
 STRINGS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii",

@@ -25,6 +25,8 @@ class Profile:
     only: tuple[str, ...] = ()  # the experiments that exist at this scale; empty: all
     curves: tuple[str, ...] = ()  # those of fig04 and its kin that there is time for; empty: all
     widths: tuple[int, ...] = (1, 2, 3)  # of the networks whose time to catch up is compared
+    shares: tuple[int, ...] = (4, 2, 1)  # ... in runs of the epochs divided by these
+    noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)  # at the start, whose growth is followed
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`
 
 # %% ../nbs/20_profiles.ipynb #a6695bdc
@@ -44,7 +46,7 @@ QUICK = Profile(
            channels_last=True, schedule="constnet"),
     leaky=Config(data="digits", **_LEAKY, width=1, epochs=10, batch_size=32, schedule="constant"),
     toy=Config(data="digits", **_TOY, epochs=40, measure_every=40, lr=0.02, batch_size=48),
-    images=1437, seeds=3, widths=(1, 2))
+    images=1437, seeds=3, widths=(1, 2), shares=(4, 1), noises=(1e-3, 1e-6, 1e-9))
 
 # %% ../nbs/20_profiles.ipynb #3cf9c851
 _IMAGES = dict(data="folder:cifar10-jpeg")

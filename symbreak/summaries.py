@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'over_blocks', 'width_factor', 'excess_width', 'string_trend', 'reach', 'break_epoch',
-           'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
+           'break_times', 'linearity', 'prediction_error', 'survives', 'bits_differ', 'largest_difference',
+           'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from .growth import break_time
 from .results import last_epochs
 
 Summary = Callable[..., pd.Series]  # the rows of one or two selections -> a number per seed
@@ -98,6 +100,20 @@ def reach(step: int | None = None) -> Summary: # None: the last step
 def break_epoch(rows: pd.DataFrame, threshold: float = 0.1) -> pd.Series:
     "First measured epoch with asymmetry above the threshold, by seed; NaN if there is none"
     return rows.epoch.where(rows.asymmetry > threshold).groupby(rows.seed).min()
+
+def break_times(rows: pd.DataFrame) -> pd.Series: # indexed by weight_noise, seed
+    "When each run broke, interpolated between measured epochs; NaN for one that did not"
+    return rows.groupby(["weight_noise", "seed"])[["epoch", "asymmetry", "train_loss"]].apply(break_time)
+
+def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
+    "Share of the variance of the break time that a line in ln(1 / noise) explains (R^2)"
+    def explained(times): return np.corrcoef(np.log(times.index.get_level_values("weight_noise")), times)[0, 1] ** 2
+    return break_times(rows).groupby("seed").apply(explained)
+
+def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed
+    "Largest distance between break times, in units of an epoch or 5 %, whichever is larger"
+    ours, theirs = break_times(measured), break_times(predicted)
+    return ((ours - theirs).abs() / (0.05 * ours).clip(lower=1)).groupby("seed").max()
 
 def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
     "Did the seed survive its first steps?"
