@@ -10,6 +10,8 @@ of such a file into results/gpu, where figures find them. Needs torch, pandas an
 """
 import argparse
 import json
+import re
+import shutil
 import sys
 import tarfile
 import time
@@ -22,14 +24,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from symbreak import profiles
-from symbreak.cache import cache_dir
+from symbreak.cache import cache_dir, find_folder
 from symbreak.config import Config, resolve_device
 from symbreak.data import Dataset, load
 from symbreak.experiments import Request, plan
 from symbreak.nets import ConstNet
 from symbreak.numerics import numerics
 from symbreak.plans import ATOMIC
-from symbreak.records import RunFiles, provenance, read_record, write_json
+from symbreak.records import RunFiles, is_finished, provenance, write_json
 from symbreak.runs import Store, copy_small, default_store, home
 from symbreak.train import Trainer, learn, train
 
@@ -59,15 +61,15 @@ class Campaign:
 
 def images_of(archive: Path | None, source: str) -> Dataset:
     """The images of the profiles, unpacked if they are not there yet; others under a label of their own."""
-    folder = cache_dir() / "cifar10-jpeg"
-    if archive is not None and not (folder / "LABEL").exists():
+    if archive is not None and not (cache_dir() / "cifar10-jpeg" / "LABEL").exists():
+        folder = cache_dir() / "cifar10-jpeg"
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as tar: tar.extractall(folder, filter="data")
         (folder / "LABEL").write_text(LABEL)
     data = load(source, progress=False)
     if source == "folder:cifar10-jpeg" and data.digest != DIGEST:
         print("These images decode to other pixels than those of the committed results; they get another label.")
-        (folder / "LABEL").write_text(f"{LABEL}, digest {data.digest[:8]}")
+        (find_folder(Path("cifar10-jpeg"), cache_dir()) / "LABEL").write_text(f"{LABEL}, digest {data.digest[:8]}")
         data = load(source, progress=False)
     return data
 
@@ -85,7 +87,7 @@ def attempt(campaign: Campaign, what: str, do: Callable[[], str]) -> None:
     except Exception as error:
         if is_cuda_error(error): raise
         campaign.failures.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        (campaign.out / "errors.log").open("a").write(f"== {what}\n{traceback.format_exc()}\n")
+        with (campaign.out / "errors.log").open("a") as log: log.write(f"== {what}\n{traceback.format_exc()}\n")
     print(f"{what}: {campaign.done.get(what, 'failed')}", flush=True)
     save(campaign)
 
@@ -102,7 +104,7 @@ def run_one(campaign: Campaign, config: Config) -> str:
 
 def figure(campaign: Campaign, name: str, profile: str) -> Iterator[tuple[str, Callable[[], str]]]:
     """The runs of a figure, in the order of its plan."""
-    for p in plan(Request(name, profile, campaign.device.type)):
+    for p in plan(Request(name, profile, str(campaign.device))):
         again = ", again" * p.config.rerun
         yield f"{name} at {profile}: {p.curve}, seed {p.config.seed}{again}", lambda c=p.config: run_one(campaign, c)
 
@@ -138,6 +140,7 @@ def precisions(device: torch.device) -> tuple[str, ...]:
 def speed_table(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
     """Steps of every kind: one that fails says so now and not in hours."""
     path, base = campaign.path("speed.json"), profiles.PROFILES["sprint"].base
+    card = provenance(campaign.device)["device_name"]
     rows = json.loads(path.read_text()) if path.exists() else []
     kinds = [dict(precision=precision, channels_last=last, benchmark=benchmark) for precision in
              precisions(campaign.device) for last in (True, False) for benchmark in (False, True)]
@@ -149,16 +152,17 @@ def speed_table(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
         config = replace(base, warmup=0, **kind)
         batches = len(campaign.data.train_labels) // config.batch_size
         s = seconds_per_step(config, campaign.data, campaign.device, steps=min(20, batches // 2))
-        flop = training_flop(config, campaign.data) * config.batch_size / s / 1e12
-        peak = next((p for name, p in PEAK.items() if name in provenance(campaign.device)["device_name"]), {})
+        wide = 0. if config.quotient else training_flop(config, campaign.data)
+        flop = wide * config.batch_size / s / 1e12
+        peak = next((p for name, p in PEAK.items() if name in card), {})
         share = flop / peak[config.precision] if config.precision in peak else None
         epoch = s * -(-len(campaign.data.train_labels) // config.batch_size)
-        rows.append(dict(kind=kind, step_s=s, epoch_s=epoch, tflops=flop, share_of_peak=share))
+        rows.append(dict(card=card, kind=kind, step_s=s, epoch_s=epoch, tflops=flop or None, share_of_peak=share))
         write_json(path, rows)
         return f"{epoch:.1f} s per epoch, {flop:.1f} TFLOP/s" + (f", {100 * share:.0f} % of peak" if share else "")
 
     for kind in kinds:
-        if kind not in [row["kind"] for row in rows]:
+        if (card, kind) not in [(row["card"], row["kind"]) for row in rows]:
             yield f"speed: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: measure(k)
 
 
@@ -169,7 +173,7 @@ def pairs(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
     base = profiles.PROFILES["sprint"].base
     size = min(50 * base.batch_size, len(campaign.data.train_labels))
     base = replace(base, epochs=1, warmup=0, train_size=size, test_size=min(1000, len(campaign.data.test_labels)),
-                   schedule="constant", device=campaign.device.type)
+                   schedule="constant", device=str(campaign.device))
 
     def compare(kind: dict) -> str:
         runs = []
@@ -198,7 +202,7 @@ def probe(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
     path = campaign.path("probe.csv")
 
     def measure() -> str:
-        table = ask(campaign.device.type)
+        table = ask(str(campaign.device))
         table.to_csv(path, index=False)
         return f"{len(table)} rows"
 
@@ -207,12 +211,12 @@ def probe(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
 
 # what is left behind
 
-def save(campaign: Campaign) -> None:
+def save(campaign: Campaign, ahead: str = "") -> None:
     """results.tar.gz and STATUS.md."""
     small = campaign.out / "small"
     for files in map(RunFiles, sorted(campaign.store.root.glob("[0-9a-f]" * 12))):
         if files.config.exists(): copy_small(files.folder, small)
-    write_status(campaign)
+    write_status(campaign, ahead)
     temporary = campaign.out / ".results.tar.gz"
     with tarfile.open(temporary, "w:gz") as tar:
         if small.exists(): tar.add(small, "runs")
@@ -240,6 +244,7 @@ def work_through(campaign: Campaign) -> str:
         for what, do in part:
             if campaign.spent(): return what
             attempt(campaign, what, do)
+            if campaign.done.get(what, "").startswith("paused"): return what
     return "nothing: all is done"
 
 
@@ -250,17 +255,17 @@ def bring_in(archive: Path, target: Path) -> int:
         for member in tar.getmembers():
             parts = Path(member.name).parts
             if not member.isfile() or len(parts) != 3 or parts[0] != "runs" or parts[2] not in kept: continue
+            if not re.fullmatch("[0-9a-f]{12}", parts[1]): raise ValueError(f"{archive}: unexpected {member.name}")
             folder = target / parts[1]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / parts[2]).write_bytes(tar.extractfile(member).read())
-    finished = 0
-    for folder in sorted(target.iterdir()):
-        files = RunFiles(folder)
-        if not files.config.exists(): continue
-        config = Config.from_dict(json.loads(files.config.read_text()))
-        if config.hash != folder.name: raise ValueError(f"{folder}: holds the run {config.hash}; delete the folder")
-        finished += read_record(folder).get("status", "paused") != "paused"
-    return finished
+    folders = sorted(path.parent for path in target.glob("*/config.json"))
+    for folder in folders:
+        found = Config.from_dict(json.loads(RunFiles(folder).config.read_text())).hash
+        if found != folder.name: raise ValueError(f"{folder}: holds the run {found}; delete the folder")
+    unfinished = [folder for folder in folders if not is_finished(folder)]
+    for folder in unfinished: shutil.rmtree(folder)
+    return len(folders) - len(unfinished)
 
 
 def rehearse() -> None:
@@ -297,8 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_cuda_error(error): raise
         campaign.failures.append(f"the device: {str(error).splitlines()[0]}")
         ahead, code = "the same command, in a new process: the device was lost", 1
-    save(campaign)
-    write_status(campaign, ahead)
+    save(campaign, ahead)
     print(f"Next: {ahead}")
     return code
 

@@ -130,5 +130,5 @@ def hooks(config, # anything with the fields that the sources look at
 def breaker_names(config, # anything with the fields that the sources look at
 ) -> str: # such as "dropout" or "dropout + one-ulp gradient noise"
     "What breaks the symmetry under a configuration, in words: `none` in a quotient, `arithmetic` if nothing is added"
-    if config.quotient: return "none"
+    if config.quotient: return "none" if config.copies == 1 else "weight noise"
     return " + ".join(b.name for b in breakers(config) if not (b.hardware and config.deterministic)) or "arithmetic"

@@ -57,7 +57,7 @@ class Reproduce:
     figures: tyro.conf.Positional[tuple[str, ...]] = ()
     "figures to make, such as fig04; none: all"
     profile: str = "quick"
-    "quick (digits, minutes), cifar (small net, CIFAR-10 images), full (all of CIFAR-10, a day) or paper (a GPU)"
+    "quick (digits, minutes), cifar (small net, CIFAR-10 images), full (all of it, a day), paper or sprint (a GPU)"
     device: str = "auto"
     "auto, cpu, cuda or cuda:N; auto also accepts finished runs of other devices"
     data: str | None = None
@@ -84,7 +84,7 @@ class Reproduce:
 class Report:
     "Print the table of claims and write the report in HTML, from what is finished; train nothing"
     profile: str = "all"
-    "quick, cifar, full, paper, or all of which something is finished"
+    "quick, cifar, full, paper, sprint, or all of which something is finished"
     device: str = "auto"
     "as for reproduce"
     data: str | None = None

@@ -187,8 +187,10 @@ class Config(Settings):
         check_fields(self)
         if self.benchmark and self.deterministic:
             raise ValueError("benchmark: True with deterministic=True, but stopwatches are not; allowed: False")
-        if self.copies > 1 and not (self.quotient and self.net == "ConstNet" and self.weight_noise > 0):
-            raise ValueError(f"copies: {self.copies}; allowed: 1, and 3 for ConstNet with quotient and weight_noise")
+        alike = self.net == "ConstNet" and self.init == "identical"
+        if self.copies > 1 and not (alike and self.quotient and self.weight_noise > 0):
+            raise ValueError(f"copies: {self.copies}; allowed: 1, and 3 for an identical ConstNet with quotient and "
+                             "weight_noise")
         if self.reduction == "hardware": return
         if self.quotient:
             raise ValueError(f"reduction: {self.reduction!r} with quotient=True, which has no sums over features to "

@@ -36,7 +36,7 @@ def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 di
     rows = x.reshape(len(x), -1)
     if rows.isnan().any(): raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
     if atol: return _groups(rows, atol)
-    return _different_sorted(rows) if rows.device.type == "cpu" else _different_hashed(rows)
+    return _different_hashed(rows) if rows.device.type == "cuda" else _different_sorted(rows)
 
 @lru_cache
 def _multipliers(count: int, device: torch.device) -> Tensor: # (count,) int64

@@ -33,7 +33,7 @@ def step_rows(run: Run) -> pd.DataFrame: return run.step_layers
 
 def table_row(run: Run) -> pd.DataFrame: return last_row(run).assign(data=run.record["data"])
 
-def digest_rows(run: Run) -> pd.DataFrame: return run.history.assign(digest=run.record["digests"]["end"])
+def digest_rows(run: Run) -> pd.DataFrame: return run.history.assign(digest=run.record["digests"].get("end"))
 
 # %% ../nbs/21_experiments.ipynb #e42d0cf2
 def survivor_row(run: Run) -> pd.DataFrame:
@@ -71,7 +71,7 @@ EXPERIMENTS = {
                         step_rows, ("net", "breaker")),
     "fig08": _BREAKERS("Effective width: do layers that start identical come to use as many directions as their "
                        "diverse twins?", rows=layer_rows("effective_width")),
-    "fig09": Experiment("Noise grows until symmetry breaks, and three copies of each feature foretell when",
+    "fig09": Experiment("Noise at the start grows until symmetry breaks; do three copies foretell when?",
                         growth_plan, columns=("weight_noise", "copies", "precision", "width")),
     "fig11": Experiment("An unbroken network is a one-channel network",
                         outline=(dict(part="equality"), *(dict(part="cost", network=n) for n in ("wide", "quotient")))),
@@ -98,7 +98,7 @@ def offered(profile: str) -> tuple[str, ...]: # profile: its name
 class Request:
     "Which experiment, at which scale, where, and on which data"
     name: str  # experiment, such as "fig04"; see EXPERIMENTS
-    profile: str = "quick"  # quick, cifar, full or paper
+    profile: str = "quick"  # quick, cifar, full, paper or sprint
     device: str = "auto"  # auto, cpu, cuda, cuda:N; auto also accepts finished runs of other devices
     data: str | None = None  # data source in place of the profile's
 

@@ -38,7 +38,8 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     measured, predicted = (break_times(table[table.source == source]).rename("epochs").reset_index()
                            for source in ("all features", "three copies"))
     ax.plot(measured.weight_noise, measured.epochs, "o", color=COLOURS[0], markersize=4, label="all features")
-    line = spread(predicted.dropna(), ["weight_noise"], "epochs").sort_values("weight_noise")
+    all_broke = predicted.groupby("weight_noise").epochs.transform("count") == predicted.seed.nunique()
+    line = spread(predicted[all_broke], ["weight_noise"], "epochs").sort_values("weight_noise")
     ax.plot(line.weight_noise, line["mean"], color=COLOURS[1], label="three copies")
     ax.fill_between(line.weight_noise, line.low, line.high, color=COLOURS[1], alpha=0.15, linewidth=0)
     for name, floor in FLOORS.items():

@@ -19,8 +19,9 @@ from .runs import Store
 from .train import train
 
 # %% ../nbs/15_prediction.ipynb #5e30d482
-_OFF = dict(dropout=0., gradient_ulps=0, reduction="hardware", ulp_layer="", input_noise=0., deterministic=False,
-            compile=False, benchmark=False, threads=1, channels_last=False, device="cpu", onednn_isa="default")
+_OFF = dict(dropout=0., gradient_ulps=0, reduction="hardware", reduction_chunks=4, ulp_layer="", ulp_step=0,
+            input_noise=0., deterministic=False, compile=False, benchmark=False, threads=1, channels_last=False,
+            device="cpu", onednn_isa="default", rerun=0, measure_steps=0)
 
 def three_copies(config: Config, # of an identical ConstNet of any width
                  eps: float, # relative weight noise at the start; > 0
@@ -33,27 +34,29 @@ def three_copies(config: Config, # of an identical ConstNet of any width
 
 # %% ../nbs/15_prediction.ipynb #cb418e45
 def _train(config: Config, data: Dataset | None, store: Store | None) -> Run:
-    return train(config, data=data) if store is None else store.train(config)
+    return train(config, data=data) if store is None else store.train(config, data=data)
 
 def predict(config: Config, # of the runs that are predicted; its own breakers do not matter
-            eps: tuple[float, ...] = (1e-12, 1e-9, 1e-6, 1e-3), # relative weight noise at the start, 0 < it < threshold
-            threshold: float = 0.1, # asymmetry at which symmetry counts as broken
+            eps: float | tuple[float, ...] = (1e-12, 1e-9, 1e-6, 1e-3), # relative weight noise at the start, below
+            threshold: float = 0.1, # ... the asymmetry at which symmetry counts as broken, between 0 and 1
             seeds: int = 3, # runs of three copies for each size, from the configuration's seed on
             data: Dataset | None = None, # loaded already; None: what the configuration names
             store: Store | None = None, # where the runs live; None: nothing is written
 ) -> pd.DataFrame: # columns eps, break_epoch (mean over seeds; NaN if one does not break), low, high, broken, seeds
     "When weight noise at the start will have broken the symmetry, at a cost that does not depend on width"
+    if not 0 < threshold < 1: raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
+    eps = (eps,) if isinstance(eps, (int, float)) else tuple(eps)
     if not eps or not all(0 < e < threshold for e in eps):
         raise ValueError(f"eps: {eps!r}; allowed: one or more above 0 and below the threshold of {threshold:g}")
     if seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
     def when(e, seed):
         run = _train(replace(three_copies(config, e), seed=seed), data, store)
-        return break_time(run.history, threshold)
+        return math.nan if run.record["status"] == "diverged" else break_time(run.history, threshold)
     rows, reasons = [], {}
     for e in eps:
         epochs = pd.Series([when(e, seed) for seed in range(config.seed, config.seed + seeds)])
         broken = int(epochs.notna().sum())
-        if broken < seeds: reasons[e] = f"{seeds - broken} of {seeds} seeds do not break in {config.epochs} epochs"
+        if broken < seeds: reasons[e] = f"{seeds - broken} of {seeds} seeds did not break in {config.epochs} epochs"
         rows.append(dict(eps=e, break_epoch=epochs.mean() if broken == seeds else math.nan, low=epochs.min(),
                          high=epochs.max(), broken=broken, seeds=seeds))
     table = pd.DataFrame(rows)

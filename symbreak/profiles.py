@@ -62,7 +62,7 @@ CIFAR = Profile(
 
 # %% ../nbs/20_profiles.ipynb #d534e4cf
 FULL = Profile(
-    "full", "all CIFAR-10 images, ConstNet-13-1, a day of CPU or a GPU's half hour",
+    "full", "all CIFAR-10 images, ConstNet-13-1, a day of CPU",
     replace(CIFAR.base, depth=13, weight_decay=3.8e-4, warmup=1, train_size=None, test_size=None),
     leaky=CIFAR.leaky, toy=CIFAR.toy, images=50_000, seeds=2, only=("fig04", "fig05", "fig08", "tab01"),
     curves=("He init", "hardware noise (atomic additions)", "dropout 1 %", "exact control"))
@@ -78,7 +78,7 @@ PAPER = Profile(
     images=50_000, seeds=1, emulates_noise=False, control_every=5, widths=(1, 2, 3, 10))
 
 SPRINT = Profile(
-    "sprint", "ConstNet-16-10 and LeakyNet-16-10 in half an hour of one GPU",
+    "sprint", "ConstNet-16-10 and LeakyNet-16-10, 30 and 14 epochs, meant for half an hour of a GPU",
     replace(PAPER.base, epochs=30, weight_decay=5e-3), leaky=replace(PAPER.leaky, epochs=14, weight_decay=7e-3),
     toy=PAPER.toy, images=50_000, seeds=1, emulates_noise=False, control_every=5,
     only=("fig04", "fig05", "fig06", "fig08", "tab01"))

@@ -131,7 +131,6 @@ def random_reduction_(model: nn.Module, # its convolutions (zero padding) are ch
     return add_up_by_(model, RandomReductionConv2d, chunks=chunks, granularity=granularity, generator=generator)
 
 # %% ../nbs/04b_reduction.ipynb #63ffc65f
-@lru_cache
 def _places(terms: int, elements: int, device: torch.device) -> Tensor: # (terms * elements,) int64
     "Where each element of the flat terms is to be added"
     return torch.arange(elements, device=device).repeat(terms)
@@ -141,8 +140,7 @@ def sum_atomically(partials: Tensor, # (terms, ...) float; on a CPU only float32
 ) -> Tensor: # (...), of the same dtype
     "Add the terms by the device's own atomic additions, as they arrive; in order under the deterministic switch"
     shape, flat = partials.shape[1:], partials.flatten()
-    total = flat.new_zeros(shape.numel())
-    places = _places(len(partials), shape.numel(), flat.device)
+    total, places = flat.new_zeros(shape.numel()), _places(len(partials), shape.numel(), flat.device)
     if flat.device.type != "cpu": return total.scatter_add_(0, places, flat).view(shape)
     with cpu_threads(threads): return total.put_(places, flat, accumulate=True).view(shape)
 
@@ -152,6 +150,8 @@ class AtomicReductionConv2d(ChunkedConv2d):
     threads: int # of a CPU, for the additions
 
     def add_up(self, partials: Tensor) -> Tensor: return sum_atomically(partials, self.threads)
+
+    def extra_repr(self) -> str: return f"{super().extra_repr()}, threads={self.threads}"
 
 def atomic_reduction_(model: nn.Module, # its convolutions (zero padding) are changed in place
                       chunks: int = 8, # S, partial sums per weight gradient, 1 to 8; 1 and 2 are null controls

@@ -29,7 +29,7 @@ from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 
 # %% ../nbs/32_report.ipynb #3a302d4f
 def verdicts(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment -> its tidy data
-) -> pd.DataFrame: # rows of claims.check, with profile and headline, the profiles of a claim together
+) -> pd.DataFrame: # rows of claims.verdicts, with profile and headline, the profiles of a claim together
     "Every claim with its verdict, at each of the profiles"
     rows = pd.concat([judged(name, table, profile).assign(profile=profile)
                       for profile, named in tables.items() for name, table in named.items()], ignore_index=True)

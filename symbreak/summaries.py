@@ -102,8 +102,9 @@ def break_epoch(rows: pd.DataFrame, threshold: float = 0.1) -> pd.Series:
     return rows.epoch.where(rows.asymmetry > threshold).groupby(rows.seed).min()
 
 def break_times(rows: pd.DataFrame) -> pd.Series: # indexed by weight_noise, seed
-    "When each run broke, interpolated between measured epochs; NaN for one that did not"
-    return rows.groupby(["weight_noise", "seed"])[["epoch", "asymmetry", "train_loss"]].apply(break_time)
+    "When each run broke, interpolated between measured epochs; NaN for one that did not, or that diverged"
+    def when(run): return break_time(run) if np.isfinite(run.train_loss.iloc[1:]).all() else math.nan
+    return rows.groupby(["weight_noise", "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
 
 def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
     "Share of the variance of the break time that a line in ln(1 / noise) explains (R^2)"
@@ -113,15 +114,17 @@ def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
 def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed
     "Largest distance between break times, in units of an epoch or 5 %, whichever is larger"
     ours, theirs = break_times(measured), break_times(predicted)
-    return ((ours - theirs).abs() / (0.05 * ours).clip(lower=1)).groupby("seed").max()
+    apart = (ours - theirs).abs() / (0.05 * ours).clip(lower=1)
+    return apart.unstack("seed").max(skipna=False)  # NaN where either did not break
 
 def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
     "Did the seed survive its first steps?"
     return rows.set_index("seed").survives.astype(float)
 
 def bits_differ(one: pd.DataFrame, other: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
-    "Did two runs of one seed end in different weights?"
-    return (one.groupby("seed").digest.last() != other.groupby("seed").digest.last()).astype(float)
+    "Did two runs of one seed end in different weights? NaN where a record does not say"
+    ours, theirs = (rows.groupby("seed").digest.last() for rows in (one, other))
+    return (ours != theirs).astype(float).where(ours.notna() & theirs.notna())
 
 def largest_difference(rows: pd.DataFrame) -> pd.Series: return rows.groupby("seed").relative_difference.max()
 
