@@ -62,8 +62,7 @@ PROPAGATION_CLAIMS = [*_propagation_claims("ConstNet"), *_propagation_claims("Le
 
 # %% ../nbs/24_claims.ipynb #3b0c756d
 _GAP_IN_WORDS = {
-    ATOMIC: "Rounding noise of unordered additions lets identical features catch up (accuracy behind the He twin)",
-    "dropout 1 %": "... so does 1 % dropout"}
+    ATOMIC: "Rounding noise of unordered additions lets identical features catch up (accuracy behind the He twin)"}
 
 def _gap_claim(curve: str, ours: Rows, band: float, profiles: tuple[str, ...]) -> Claim:
     return Claim("fig04", f"gap to the He twin: {curve}", gap, (HE, ours), low=-band, high=band, unit="%",

@@ -109,13 +109,13 @@ class Report:
 
     def tables(self) -> dict: # profile -> figure -> tidy data
         "What is finished; of all profiles those that have anything, and quick"
-        from symbreak.experiments import EXPERIMENTS
+        from symbreak.experiments import offered
         from symbreak.profiles import PROFILES
         from symbreak.results import collect
         if self.profile not in (*PROFILES, "all"):
             raise ValueError(f"profile: {self.profile!r}; allowed: {', '.join(PROFILES)}, all")
         wanted = PROFILES if self.profile == "all" else (self.profile,)
-        found = {p: {name: collect(name, p, self.device, self.data) for name in EXPERIMENTS} for p in wanted}
+        found = {p: {name: collect(name, p, self.device, self.data) for name in offered(p)} for p in wanted}
         if self.profile != "all": return found
         return {p: tables for p, tables in found.items() if p == "quick" or any(map(len, tables.values()))}
 
@@ -139,7 +139,8 @@ class List:
 
     def finished(self, name: str, profile: str) -> str: # such as "3/24", or "measured"
         "How many runs of an experiment are finished"
-        from symbreak.experiments import Request, plan
+        from symbreak.experiments import Request, offered, plan
+        if name not in offered(profile): return "-"
         from symbreak.runs import default_store
         planned, store = plan(Request(name, profile, self.device)), default_store()
         return f"{sum(store.find(p.config) is not None for p in planned)}/{len(planned)}" if planned else "measured"

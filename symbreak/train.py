@@ -23,7 +23,7 @@ from .breaking import hooks
 from .config import Config, learning_rate, usable_device
 from .data import Dataset, Loader, load
 from .diversity import layer_asymmetry, measure
-from .growth import split_
+from .growth import part_copies
 from .journal import Journal, resume, save_checkpoint
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
 from .numerics import cpu_threads, numerics
@@ -63,7 +63,7 @@ def first_network(config: Config, data: Dataset, device: torch.device,
     model = build(config, data)
     weights = torch.Generator().manual_seed(seed_of(config, "weights"))
     for hook in hooks(config, "on_weights"): hook(model, config, weights)
-    if config.copies > 1: split_(model, config.weight_noise, weights)
+    part_copies(model, config, weights)
     if config.quotient: model = quotient(model)
     model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     for hook in hooks(config, "on_network"): hook(model, config, noise)
