@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
-from symbreak.experiments import EXPERIMENTS
+from symbreak.experiments import EXPERIMENTS, offered
 from symbreak.pages import asset, headline, mathml, portable, presentable
 from symbreak.headlines import committed_table, lying
 from symbreak.profiles import PROFILES
@@ -208,9 +208,8 @@ def downloads(root: Path = ROOT) -> dict[str, Path]:
 
 def claims() -> str:
     """The headline claims with their verdicts, and what they were measured on."""
-    found = {profile: {name: table for name in EXPERIMENTS if (table := committed_table(name, profile,
-                                                                                        lying)) is not None}
-             for profile in PROFILES}
+    found = {profile: {name: table for name in offered(profile)
+                       if (table := committed_table(name, profile, lying)) is not None} for profile in PROFILES}
     tables = {profile: named for profile, named in found.items() if named}
     pages = {n.name: n.page.replace(".md", ".html") for n in figure_notebooks()}
     measured = "; ".join(f"{scale(profile)}: {used}" for profile, used in devices(tables).items())
