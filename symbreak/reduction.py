@@ -131,18 +131,17 @@ def random_reduction_(model: nn.Module, # its convolutions (zero padding) are ch
     return add_up_by_(model, RandomReductionConv2d, chunks=chunks, granularity=granularity, generator=generator)
 
 # %% ../nbs/04b_reduction.ipynb #63ffc65f
-def _places(terms: int, elements: int, device: torch.device) -> Tensor: # (terms * elements,) int64
-    "Where each element of the flat terms is to be added"
-    return torch.arange(elements, device=device).repeat(terms)
-
 def sum_atomically(partials: Tensor, # (terms, ...) float; on a CPU only float32 is added in parallel
                    threads: int = 2, # of a CPU, for the additions alone; one adds in order
 ) -> Tensor: # (...), of the same dtype
     "Add the terms by the device's own atomic additions, as they arrive; in order under the deterministic switch"
-    shape, flat = partials.shape[1:], partials.flatten()
-    total, places = flat.new_zeros(shape.numel()), _places(len(partials), shape.numel(), flat.device)
-    if flat.device.type != "cpu": return total.scatter_add_(0, places, flat).view(shape)
-    with cpu_threads(threads): return total.put_(places, flat, accumulate=True).view(shape)
+    terms = partials.flatten(1)
+    total = terms.new_zeros(terms.shape[1])
+    places = torch.arange(len(total), device=total.device).expand_as(terms)
+    if total.device.type != "cpu": total.scatter_add_(0, places.flatten(), terms.flatten())
+    else:
+        with cpu_threads(threads): total.put_(places, terms, accumulate=True)
+    return total.view(partials.shape[1:])
 
 # %% ../nbs/04b_reduction.ipynb #a28c13e3
 class AtomicReductionConv2d(ChunkedConv2d):
