@@ -162,6 +162,7 @@ def _train_in_worker(store: Store, config: Config, budget: Budget) -> str: # the
 @contextmanager
 def _pools(isas: set[str], workers: int) -> Iterator[dict[str, ProcessPoolExecutor]]: # instruction set -> pool
     "Pools of fresh processes; an error inside stops their work"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # is read when a process starts
     spawn = multiprocessing.get_context("spawn")
     pools = {isa: ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(isa,)) for isa in isas}
     try: yield pools
