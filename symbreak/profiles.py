@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'CIFAR', 'FULL', 'PAPER', 'SPRINT', 'PROFILES', 'Profile', 'on_data', 'find_profile']
 
 # %% ../nbs/20_profiles.ipynb #dd7b7137
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .config import Config
 
@@ -26,7 +26,8 @@ class Profile:
     curves: tuple[str, ...] = ()  # those of fig04 and its kin that there is time for; empty: all
     widths: tuple[int, ...] = (1, 2, 3)  # of the networks whose time to catch up is compared
     shares: tuple[int, ...] = (4, 2, 1)  # ... in runs of the epochs divided by these
-    noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)  # at the start, whose growth is followed
+    growth: dict = field(default_factory=dict)  # changes to `base` where the growth of noise is followed
+    noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)  # sizes of that noise, at the start
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`
 
 # %% ../nbs/20_profiles.ipynb #a6695bdc
@@ -46,7 +47,8 @@ QUICK = Profile(
            channels_last=True, schedule="constnet"),
     leaky=Config(data="digits", **_LEAKY, width=1, epochs=10, batch_size=32, schedule="constant"),
     toy=Config(data="digits", **_TOY, epochs=40, measure_every=40, lr=0.02, batch_size=48),
-    images=1437, seeds=3, widths=(1, 2), shares=(4, 1), noises=(1e-3, 1e-6, 1e-9))
+    images=1437, seeds=3, widths=(1, 2), shares=(4, 1), growth=dict(width=1, epochs=30),
+    noises=(1e-3, 1e-6, 1e-9))
 
 # %% ../nbs/20_profiles.ipynb #3cf9c851
 _IMAGES = dict(data="folder:cifar10-jpeg")
@@ -58,7 +60,7 @@ CIFAR = Profile(
     leaky=Config(**_IMAGES, **_LEAKY, width=1, epochs=20, batch_size=64, train_size=5000, test_size=2000),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004, batch_size=32, train_size=10000,
                test_size=5000),
-    images=10_000, seeds=3)
+    images=10_000, seeds=3, growth=dict(epochs=30))
 
 # %% ../nbs/20_profiles.ipynb #d534e4cf
 FULL = Profile(
@@ -75,7 +77,8 @@ PAPER = Profile(
     Config(**_IMAGES, **_GPU, depth=16, epochs=300, lr=0.03, warmup=1, schedule="constnet"),
     leaky=Config(**_IMAGES, **_LEAKY, **_GPU, epochs=200),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004),
-    images=50_000, seeds=1, emulates_noise=False, control_every=5, widths=(1, 2, 3, 10))
+    images=50_000, seeds=1, emulates_noise=False, control_every=5, widths=(1, 2, 3, 10),
+    growth=dict(epochs=16), noises=(2. ** -8, 2. ** -11, 2. ** -24))  # bfloat16, TensorFloat-32, float32
 
 SPRINT = Profile(
     "sprint", "ConstNet-16-10 and LeakyNet-16-10, 30 and 14 epochs, meant for half an hour of a GPU",

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'over_blocks', 'width_factor', 'excess_width', 'string_trend', 'reach', 'break_epoch',
-           'break_times', 'linearity', 'prediction_error', 'survives', 'bits_differ', 'largest_difference',
-           'cost_ratio']
+           'break_times', 'linearity', 'noise_like', 'prediction_error', 'survives', 'bits_differ',
+           'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -110,6 +110,14 @@ def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
     "Share of the variance of the break time that a line in ln(1 / noise) explains (R^2)"
     def explained(times): return np.corrcoef(np.log(times.index.get_level_values("weight_noise")), times)[0, 1] ** 2
     return break_times(rows).groupby("seed").apply(explained)
+
+def noise_like(rows: pd.DataFrame, # runs with another source of asymmetry, of the same network
+               ladder: pd.DataFrame, # runs with noise at the start, of several sizes
+) -> pd.Series: # relative size of the noise, by seed; NaN beyond the ladder
+    "Which noise at the start breaks the symmetry as late, on the mean over seeds of those that were tried"
+    steps = break_times(ladder).groupby("weight_noise").mean().dropna().sort_values()
+    logs = np.interp(break_times(rows).droplevel("weight_noise"), steps, np.log(steps.index), left=np.nan, right=np.nan)
+    return pd.Series(np.exp(logs), break_times(rows).index.get_level_values("seed"))
 
 def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed
     "Largest distance between break times, in units of an epoch or 5 %, whichever is larger"
