@@ -33,8 +33,8 @@ def check_type(name: str, value, hint) -> None:
 # %% ../nbs/11_config.ipynb #4a53a195
 MINIMUM = dict.fromkeys(("train_size", "test_size", "depth", "width", "distinct", "reduction_chunks", "batch_size",
                          "measure_every", "threads"), 1)
-MINIMUM |= dict.fromkeys(("dropout", "weight_noise", "gradient_ulps", "ulp_step", "input_noise", "epochs", "warmup",
-                          "lr", "momentum", "weight_decay", "rerun", "measure_steps"), 0)
+MINIMUM |= dict.fromkeys(("dropout", "weight_noise", "gradient_noise", "gradient_ulps", "ulp_step", "input_noise",
+                          "epochs", "warmup", "lr", "momentum", "weight_decay", "rerun", "measure_steps"), 0)
 
 def check_range(name: str, value) -> None:
     "Raise ValueError unless `value` is finite and not below the minimum of its field, if that has one"
@@ -113,6 +113,8 @@ class Config(Settings):
     "breaker: probability of dropout after each block convolution"
     weight_noise: float = 0.
     "breaker: standard deviation of relative weight noise at init"
+    gradient_noise: float = 0.
+    "breaker: standard deviation of relative noise on the gradients of every step"
     gradient_ulps: int = 0
     "breaker: move every non-zero gradient element by up to that many ulps at random"
     reduction: Literal["hardware", "atomic", "element", "row", "tile", "global"] = "hardware"
@@ -128,7 +130,7 @@ class Config(Settings):
     quotient: bool = False
     "exact control: train the one-copy quotient, which never breaks symmetry"
     copies: Literal[1, 3] = 1
-    "of each feature in a quotient; 3: weight_noise parts two of them from the rest (`symbreak.growth`)"
+    "of each feature in a quotient; 3: weight_noise or gradient_noise parts two from the rest (`symbreak.growth`)"
 
     epochs: int = 60
     "passes over the training images"

@@ -72,7 +72,7 @@ EXPERIMENTS = {
     "fig08": _BREAKERS("Effective width: do layers that start identical come to use as many directions as their "
                        "diverse twins?", rows=layer_rows("effective_width")),
     "fig09": Experiment("Noise at the start grows until symmetry breaks; do three copies foretell when?",
-                        growth_plan, columns=("weight_noise", "copies", "precision", "width"),
+                        growth_plan, columns=("copies", "precision", "width"),
                         seeds={"paper": 3}),
     "fig11": Experiment("An unbroken network is a one-channel network",
                         outline=(dict(part="equality"), *(dict(part="cost", network=n) for n in ("wide", "quotient")))),

@@ -18,11 +18,11 @@ def _logs(rows: pd.DataFrame) -> pd.DataFrame: # columns epoch, asymmetry: geome
     logs = np.log10(rows.asymmetry.where(rows.asymmetry > 0)).groupby(rows.epoch).mean()
     return (10 ** logs).rename("asymmetry").reset_index()
 
-def growth(table: pd.DataFrame, # histories with columns source, weight_noise
+def growth(table: pd.DataFrame, # histories with columns source, noise
            ax: Axes) -> Axes:
     "fig09, left: asymmetry against epoch for each size of noise"
-    ladder = table[table.weight_noise > 0]
-    for colour, (eps, rows) in zip(COLOURS, sorted(ladder.groupby("weight_noise"), reverse=True)):
+    ladder = table[table.source.isin(("all features", "three copies"))]
+    for colour, (eps, rows) in zip(COLOURS, sorted(ladder.groupby("noise"), reverse=True)):
         points, line = (_logs(rows[rows.source == source]) for source in ("all features", "three copies"))
         ax.plot(points.epoch, points.asymmetry, "o", color=colour, markersize=3, label=f"{eps:g}")
         ax.plot(line.epoch, line.asymmetry, color=colour)
@@ -39,15 +39,15 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     sources = dict(list(table.groupby("source", sort=False)))
     ladder, copies = sources.pop("all features"), sources.pop("three copies")
     measured, predicted = (break_times(rows).rename("epochs").reset_index() for rows in (ladder, copies))
-    ax.plot(measured.weight_noise, measured.epochs, "o", color=COLOURS[0], markersize=4, label="all features")
-    all_broke = predicted.groupby("weight_noise").epochs.transform("count") == predicted.seed.nunique()
-    line = spread(predicted[all_broke], ["weight_noise"], "epochs").sort_values("weight_noise")
-    ax.plot(line.weight_noise, line["mean"], color=COLOURS[1], label="three copies")
-    ax.fill_between(line.weight_noise, line.low, line.high, color=COLOURS[1], alpha=0.15, linewidth=0)
+    ax.plot(measured.noise, measured.epochs, "o", color=COLOURS[0], markersize=4, label="all features")
+    all_broke = predicted.groupby("noise").epochs.transform("count") == predicted.seed.nunique()
+    line = spread(predicted[all_broke], ["noise"], "epochs").sort_values("noise")
+    ax.plot(line.noise, line["mean"], color=COLOURS[1], label="three copies")
+    ax.fill_between(line.noise, line.low, line.high, color=COLOURS[1], alpha=0.15, linewidth=0)
     for colour, (source, rows) in zip(COLOURS[2:], sources.items()):
         ax.plot(noise_like(rows, ladder), break_times(rows), "*", color=colour, markersize=9, label=source)
     for name, floor in FLOORS.items():
-        if floor < ladder.weight_noise.min() / 100: continue
+        if floor < ladder.noise.min() / 100: continue
         ax.axvline(floor, color="0.5", linewidth=0.8, linestyle=":")
         ax.annotate(f" {name}", (floor, 0.98), xycoords=("data", "axes fraction"), va="top", color="0.4", fontsize=8)
     ax.set(xlabel="relative noise at the start", ylabel="epoch at which asymmetry passes 0.1", xscale="log")

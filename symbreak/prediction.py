@@ -19,38 +19,42 @@ from .runs import Store
 from .train import train
 
 # %% ../nbs/15_prediction.ipynb #5e30d482
+_APART = 1e-14  # at the start, where noise comes at every step
 _OFF = dict(dropout=0., gradient_ulps=0, reduction="hardware", reduction_chunks=4, ulp_layer="", ulp_step=0,
             input_noise=0., deterministic=False, compile=False, benchmark=False, threads=1, channels_last=False,
             device="cpu", onednn_isa="default", rerun=0, measure_steps=0)
 
 def three_copies(config: Config, # of an identical ConstNet of any width
-                 eps: float, # relative weight noise at the start; > 0
+                 eps: float, # relative noise; > 0
+                 every_step: bool = False, # False: on the weights at the start; True: on all gradients
 ) -> Config:
-    "The configuration of three copies of each feature that stands for a run with weight noise at the start"
+    "The configuration of three copies of each feature that stands for a run with noise"
     if config.net != "ConstNet" or config.init != "identical":
         raise ValueError(f"config: {config.net} with init={config.init!r}; allowed: an identical ConstNet")
     if not eps > 0: raise ValueError(f"eps: {eps!r}; allowed: > 0")
-    return replace(config, **_OFF, quotient=True, copies=3, weight_noise=eps, precision="float64", measure_every=1)
+    noise = dict(weight_noise=_APART, gradient_noise=eps) if every_step else dict(weight_noise=eps, gradient_noise=0.)
+    return replace(config, **_OFF, **noise, quotient=True, copies=3, precision="float64", measure_every=1)
 
 # %% ../nbs/15_prediction.ipynb #cb418e45
 def _train(config: Config, data: Dataset | None, store: Store | None) -> Run:
     return train(config, data=data) if store is None else store.train(config, data=data)
 
 def predict(config: Config, # of the runs that are predicted; its own breakers do not matter
-            eps: float | tuple[float, ...] = (1e-12, 1e-9, 1e-6, 1e-3), # relative weight noise at the start, below
+            eps: float | tuple[float, ...] = (1e-12, 1e-9, 1e-6, 1e-3), # sizes of relative noise, below
             threshold: float = 0.1, # ... the asymmetry at which symmetry counts as broken, between 0 and 1
+            every_step: bool = False, # False: noise on the weights at the start; True: on the gradients of all steps
             seeds: int = 3, # runs of three copies for each size, from the configuration's seed on
             data: Dataset | None = None, # loaded already; None: what the configuration names
             store: Store | None = None, # where the runs live; None: nothing is written
 ) -> pd.DataFrame: # columns eps, break_epoch (mean over seeds; NaN if one does not break), low, high, broken, seeds
-    "When weight noise at the start will have broken the symmetry, at a cost that does not depend on width"
+    "When noise will have broken the symmetry, at a cost that does not depend on width"
     if not 0 < threshold < 1: raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
     eps = (eps,) if isinstance(eps, (int, float)) else tuple(eps)
     if not eps or not all(0 < e < threshold for e in eps):
         raise ValueError(f"eps: {eps!r}; allowed: one or more above 0 and below the threshold of {threshold:g}")
     if seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
     def when(e, seed):
-        run = _train(replace(three_copies(config, e), seed=seed), data, store)
+        run = _train(replace(three_copies(config, e, every_step), seed=seed), data, store)
         return math.nan if run.record["status"] == "diverged" else break_time(run.history, threshold)
     rows, reasons = [], {}
     for e in eps:

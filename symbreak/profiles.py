@@ -8,6 +8,7 @@ __all__ = ['QUICK', 'CIFAR', 'FULL', 'PAPER', 'SPRINT', 'PROFILES', 'Profile', '
 # %% ../nbs/20_profiles.ipynb #dd7b7137
 from dataclasses import dataclass, field, replace
 
+from .breaking import ONE_ULP_RMS
 from .config import Config
 
 # %% ../nbs/20_profiles.ipynb #7e8f3aef
@@ -28,6 +29,7 @@ class Profile:
     shares: tuple[int, ...] = (4, 2, 1)  # ... in runs of the epochs divided by these
     growth: dict = field(default_factory=dict)  # changes to `base` where the growth of noise is followed
     noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)  # sizes of that noise, at the start
+    step_noises: tuple[float, ...] = (ONE_ULP_RMS,)  # ... and at every step
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`
 
 # %% ../nbs/20_profiles.ipynb #a6695bdc
@@ -70,6 +72,7 @@ FULL = Profile(
     curves=("He init", "hardware noise (atomic additions)", "dropout 1 %", "exact control"))
 
 # %% ../nbs/20_profiles.ipynb #91298622
+_ROUNDING = (2. ** -8, 2. ** -11, 2. ** -24)  # of bfloat16, TensorFloat-32 and float32
 _GPU = dict(width=10, precision="tf32", channels_last=True)
 
 PAPER = Profile(
@@ -78,7 +81,7 @@ PAPER = Profile(
     leaky=Config(**_IMAGES, **_LEAKY, **_GPU, epochs=200),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004),
     images=50_000, seeds=1, emulates_noise=False, control_every=5, widths=(1, 2, 3, 10),
-    growth=dict(epochs=16), noises=(2. ** -8, 2. ** -11, 2. ** -24))  # bfloat16, TensorFloat-32, float32
+    growth=dict(epochs=12), noises=_ROUNDING, step_noises=_ROUNDING)
 
 SPRINT = Profile(
     "sprint", "ConstNet-16-10 and LeakyNet-16-10, 30 and 14 epochs, meant for half an hour of a GPU",

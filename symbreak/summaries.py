@@ -101,22 +101,22 @@ def break_epoch(rows: pd.DataFrame, threshold: float = 0.1) -> pd.Series:
     "First measured epoch with asymmetry above the threshold, by seed; NaN if there is none"
     return rows.epoch.where(rows.asymmetry > threshold).groupby(rows.seed).min()
 
-def break_times(rows: pd.DataFrame) -> pd.Series: # indexed by weight_noise, seed
+def break_times(rows: pd.DataFrame) -> pd.Series: # indexed by noise, seed
     "When each run broke, interpolated between measured epochs; NaN for one that did not, or that diverged"
     def when(run): return break_time(run) if np.isfinite(run.train_loss.iloc[1:]).all() else math.nan
-    return rows.groupby(["weight_noise", "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
+    return rows.groupby(["noise", "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
 
 def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
     "Share of the variance of the break time that a line in ln(1 / noise) explains (R^2)"
-    def explained(times): return np.corrcoef(np.log(times.index.get_level_values("weight_noise")), times)[0, 1] ** 2
+    def explained(times): return np.corrcoef(np.log(times.index.get_level_values("noise")), times)[0, 1] ** 2
     return break_times(rows).groupby("seed").apply(explained)
 
 def noise_like(rows: pd.DataFrame, # runs with another source of asymmetry, of the same network
                ladder: pd.DataFrame, # runs with noise at the start, of several sizes
 ) -> pd.Series: # relative size of the noise, by seed; NaN beyond the ladder
     "Which noise at the start breaks the symmetry as late, on the mean over seeds of those that were tried"
-    steps = break_times(ladder).groupby("weight_noise").mean().dropna().sort_values()
-    logs = np.interp(break_times(rows).droplevel("weight_noise"), steps, np.log(steps.index), left=np.nan, right=np.nan)
+    steps = break_times(ladder).groupby("noise").mean().dropna().sort_values()
+    logs = np.interp(break_times(rows).droplevel("noise"), steps, np.log(steps.index), left=np.nan, right=np.nan)
     return pd.Series(np.exp(logs), break_times(rows).index.get_level_values("seed"))
 
 def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed

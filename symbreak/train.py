@@ -23,7 +23,7 @@ from .breaking import hooks
 from .config import Config, learning_rate, usable_device
 from .data import Dataset, Loader, load
 from .diversity import layer_asymmetry, measure
-from .growth import part_copies
+from .growth import copies_hooks, part_copies
 from .journal import Journal, resume, save_checkpoint
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
 from .numerics import cpu_threads, numerics
@@ -96,6 +96,7 @@ class Trainer:
         self.probe = next(iter(self.test_data))[0][:PROBE_IMAGES]
         self.on_batch, self.on_gradients, self.after_step = (
             hooks(config, moment) for moment in ("on_batch", "on_gradients", "after_step"))
+        self.on_gradients += copies_hooks(self.model, config)
         self.digests = [weights_digest(self.model)]  # of the weights before the first step and after it
         self.first_step: dict[str, Tensor] | None = None  # the weights after it, until their digest is taken
         self.steps: list[dict] = []  # what was measured after single steps
