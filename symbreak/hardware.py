@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'CONCERNS', 'SIZES', 'CASE', 'settings_of', 'dtypes_of', 'cores', 'Case', 'cases', 'ask', 'ask_all',
-           'digests', 'fresh_digests', 'concerned', 'ranked', 'machine', 'probe', 'save_probe', 'read_probe',
+           'digests', 'fresh_digests', 'concerned', 'ranked', 'summary', 'machine', 'probe', 'save_probe', 'read_probe',
            'compared']
 
 # %% ../nbs/08_hardware.ipynb #7d666a33
@@ -106,8 +106,9 @@ _FRESH = ("import pickle, sys; from symbreak.hardware import digests; "
 def fresh_digests(cases: list[Case], device: str, seed: int, processes: int) -> list[list[str]]: # [process][case]
     "The same in new processes at once"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | dict(PYTHONPATH=path, OMP_WAIT_POLICY="passive")  # threads that wait do not spin
     started = [subprocess.Popen([sys.executable, "-c", _FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env=os.environ | dict(PYTHONPATH=path)) for _ in range(processes)]
+                                env=environment) for _ in range(processes)]
     for process in started:
         process.stdin.write(pickle.dumps((cases, device, seed)))
         process.stdin.close()
@@ -135,6 +136,29 @@ def ranked(table: "pandas.DataFrame") -> "pandas.DataFrame":
     keys |= {f"_{size}": table[size].where(table[verdict].eq(False), 0.) for verdict, size in SIZES.items()}
     ordered = table.assign(**keys).sort_values(list(keys), ascending=False, kind="stable")
     return ordered.drop(columns=list(keys)).reset_index(drop=True)
+
+# %% ../nbs/08_hardware.ipynb #5da9887c
+def _verdict(values: "pandas.Series") -> str: # of True, False and None
+    "What all cases say together"
+    values = values.dropna()
+    return "-" if values.empty else "yes" if values.astype(bool).all() else "no"
+
+def _line(rows: "pandas.DataFrame") -> dict:
+    "What is said of the cases of one operation in one precision"
+    switched = rows.setting == "deterministic"
+    worst = rows[rows.refused == ""].head(1)
+    return dict(cases=len(rows), refused=int((rows.refused != "").sum()),
+                deterministic=_verdict(rows.deterministic[~switched]), switched=_verdict(rows.deterministic[switched]),
+                equivariant=_verdict(rows.equivariant), batch_invariant=_verdict(rows.batch_invariant),
+                **rows[list(SIZES.values())].max().round(2).to_dict(), worst=worst["shape"].squeeze() or "",
+                tile=worst.tile.squeeze())
+
+def summary(table: "pandas.DataFrame", # rows of `probe`, ranked
+) -> "pandas.DataFrame": # `switched`: deterministic under the switch
+    "A row per operation and precision, those that matter first"
+    import pandas as pd
+    return pd.DataFrame([dict(op=op, dtype=dtype) | _line(rows)
+                         for (op, dtype), rows in table.groupby(["op", "dtype"], sort=False)])
 
 # %% ../nbs/08_hardware.ipynb #ab24c0ad
 def machine(device: torch.device) -> dict:
@@ -218,7 +242,7 @@ def compared(a: "pandas.DataFrame", b: "pandas.DataFrame") -> "pandas.DataFrame"
     "The cases on whose verdicts or tiles two machines do not agree"
     shown = [*SIZES, "distinct", "tile"]
     both = a[CASE + shown].merge(b[CASE + shown], on=CASE, suffixes=("_a", "_b"))
-    if both.empty: raise ValueError("compare: the two probes have no case in common; allowed: probes of the same shapes")
+    if both.empty: raise ValueError("compare: no case in common; allowed: two probes of the same shapes")
     def known(name, side): return both[f"{name}_{side}"].astype(object).where(both[f"{name}_{side}"].notna(), "")
     differ = sum(known(name, "a") != known(name, "b") for name in shown)
     return both[differ > 0].reset_index(drop=True)

@@ -2,6 +2,7 @@
 import os
 
 os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # before torch computes anything
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for others sleep; no bit depends on it
 
 import torch  # noqa: E402
 
