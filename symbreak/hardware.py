@@ -191,7 +191,7 @@ def probe(device: str = "auto", # auto, cpu, cuda or cuda:N
     rows = ask_all(asked, found, seed, lambda made: answers(made, reruns) | _digest(made), progress)
     table = pd.DataFrame([case.facts | row for case, row in zip(asked, rows)])
     fresh = fresh_digests(asked, str(found), seed, processes) if processes else []
-    table = ranked(_with_processes(table, fresh).assign(reruns=reruns, p_below=bound(reruns + processes)))
+    table = ranked(_with_processes(table, fresh).assign(p_below=lambda t: (t.reruns + processes).map(bound)))
     table.attrs["machine"] = machine(found)
     return table
 

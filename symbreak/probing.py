@@ -97,7 +97,7 @@ class Probe:
         print_table(shown, f"What to know of {machine['name']}, torch {machine['torch']}, {machine['capability']}")
         names = [f"{op} ({', '.join(rows.dtype)})" for op, rows in lines[clean].groupby("op", sort=False)]
         console().print(f"Clean: {'; '.join(names)}.")
-        console().print(f"{len(table)} cases, {self.reruns} reruns each: what repeated itself differs with p < "
+        console().print(f"{len(table)} cases, {self.reruns} reruns or more: what repeated itself differs with p < "
                         f"{table.p_below.max():.2g} (95 %). rerun, channel, batch: largest difference, over eps times "
                         "the sum of terms; tile: neighbours that agree.")
 

@@ -172,12 +172,13 @@ def error(trial: Trial) -> float: # in units of eps times the sum of the magnitu
 
 # %% ../nbs/07b_properties.ipynb #2653e547
 def answers(trial: Trial,
-            reruns: int = 8, # R
+            reruns: int = 8, # R, times the patience of the operation
 ) -> dict: # columns of a row
     "What the three questions find"
+    reruns = reruns * trial.operation.patience
     found = dict(rerun=rerun(trial, reruns), channel=channels(trial), batch=batch(trial))
     per_image = "n" in trial.operation.result and found["batch"] is not None
-    row = dict(deterministic=found["rerun"] == Difference(),
+    row = dict(reruns=reruns, deterministic=found["rerun"] == Difference(),
                equivariant=None if found["channel"] is None else found["channel"] == Difference(),
                batch_invariant=found["batch"] == Difference() if per_image else None,
                max_ulp=max(d.max_ulp for d in found.values() if d))
