@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unicodedata import normalize
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -107,10 +108,12 @@ def _classes(split):
     files = {}
     for folder in _visible(split):
         if not folder.is_dir(): raise DataError(f"{folder}: not a folder; expected {split.name}/<class>/<image>")
-        files[folder.name] = _visible(folder)
-        if not files[folder.name]: raise DataError(f"{folder}: empty class; remove the folder or add images to it")
+        name = normalize("NFC", folder.name)
+        if name in files: raise DataError(f"{folder}: class {name!r} twice, in two spellings; put its images together")
+        files[name] = _visible(folder)
+        if not files[name]: raise DataError(f"{folder}: empty class; remove the folder or add images to it")
     if not files: raise DataError(f"{split}: no class folders; expected {split.name}/<class>/<image>")
-    return files
+    return dict(sorted(files.items()))
 
 # %% ../nbs/10_cache.ipynb #4d9779cc
 def _listing(root):
@@ -122,12 +125,23 @@ def _listing(root):
     return train, test
 
 # %% ../nbs/10_cache.ipynb #94b0b64b
+def _losses(image):
+    "What would be lost of an image, opened but not yet decoded, by reading it as 8-bit RGB"
+    deep = any(";16" in str(args) or (codec == "ppm" and args[-1] > 255) for codec, _, _, args in image.tile)
+    if deep or image.mode[0] in "IF": yield f"mode {image.mode!r}, more than 8 bits per channel"
+    elif image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
+        yield f"mode {image.mode!r}; allowed: black and white, grey, palette, RGB"
+    elif (frames := getattr(image, "n_frames", 1)) > 1: yield f"{frames} frames; allowed: one"
+    elif "A" in image.mode or "transparency" in image.info:
+        if image.convert("RGBA").getextrema()[3][0] < 255: yield "transparent pixels; put it on a background"
+
 def _image(path):
     "One image as (3, height, width) bytes"
-    from PIL import Image
+    from PIL import ExifTags, Image, ImageOps
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF": raise ValueError(f"mode {image.mode!r}, more than 8 bits per channel")
+            for loss in _losses(image): raise ValueError(loss)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1: image = ImageOps.exif_transpose(image)
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
         raise DataError(f"{path}: not a readable 8-bit image ({e}); remove or repair it") from e
@@ -155,10 +169,13 @@ def _decode(files, progress, chunk=256):
     return torch.from_numpy(out)
 
 # %% ../nbs/10_cache.ipynb #223d6f2c
+_RULES = "2: orientation applied, no transparency"  # how `_image` reads; another text, and all is decoded again
+
 def _fingerprint(files):
-    "sha256 of relative path, size and time of the last change of every file"
-    stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns) for path in files for s in [path.stat()]]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    "sha256 of relative path, size, times of the last changes and number of every file"
+    stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+             for path in files for s in [path.stat()]]
+    return hashlib.sha256(repr((_RULES, stats)).encode()).hexdigest()
 
 # %% ../nbs/10_cache.ipynb #bb3735e9
 def _labels(split): return torch.arange(len(split)).repeat_interleave(torch.tensor([len(p) for p in split.values()]))
@@ -174,7 +191,7 @@ def folder_images(root: Path, # the folder: train/<class>/<image> and test/<clas
         labels = [_labels(split) for split in splits]
         images = _decode(files, progress).split([len(l) for l in labels])
         return dict(zip(TENSORS, (images[0], labels[0], images[1], labels[1])))
-    name = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}.pt"
+    name = f"{root.name}-{hashlib.sha256(f'{_RULES} {root}'.encode()).hexdigest()[:12]}.pt"
     return cached(cache / name, _fingerprint(files), build) | dict(classes=tuple(splits[0]))
 
 # %% ../nbs/10_cache.ipynb #4852faa3

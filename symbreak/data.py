@@ -125,11 +125,16 @@ def stratified(labels: Tensor, # (n,) int64
     return labels.argsort(stable=True)[steps].sort().values
 
 # %% ../nbs/10_data.ipynb #81ed5fbd
-def _some(images, labels, k, argument):
+def _some(images, labels, k, argument, classes):
     "`k` images with their labels, class proportions kept; all if `k` is None"
     if k is None: return images, labels
     if not 1 <= k <= len(labels): raise ValueError(f"{argument}: {k}; allowed: 1..{len(labels)}")
     i = stratified(labels, k)
+    had, has = (some.bincount(minlength=len(classes)) for some in (labels, labels[i]))
+    if lost := ((had > 0) & (has == 0)).nonzero().flatten().tolist():
+        small = ", ".join(f"{classes[c]!r} ({had[c]} of {len(labels)} images)" for c in lost)
+        raise ValueError(f"{argument}: {k} leaves no image of class {small}; "
+                         f"allowed: {-(-len(labels) // had[lost].min().item())}..{len(labels)}, or None")
     return images[i], labels[i]
 
 # %% ../nbs/10_data.ipynb #3cd760ad
@@ -172,9 +177,9 @@ class Dataset:
         train_size: int | None = None, # training images to keep; None keeps all
         test_size: int | None = None, # test images to keep; None keeps all
     ) -> "Dataset":
-        "A smaller data set with the same class proportions, the same each time"
-        train = _some(self.train_images, self.train_labels, train_size, "train_size")
-        test = _some(self.test_images, self.test_labels, test_size, "test_size")
+        "A smaller data set with the same class proportions, the same each time; ValueError if a class would be lost"
+        train = _some(self.train_images, self.train_labels, train_size, "train_size", self.classes)
+        test = _some(self.test_images, self.test_labels, test_size, "test_size", self.classes)
         return replace(self, **dict(zip(TENSORS, train + test)))
 
     def loader(self,

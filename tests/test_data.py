@@ -2,10 +2,12 @@
 import gzip
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import md5
 
@@ -16,7 +18,7 @@ from PIL import Image
 
 import symbreak.cache
 from symbreak.cache import import_torchvision
-from symbreak.data import DataError, Loader, load
+from symbreak.data import DataError, Dataset, Loader, load
 
 
 def python(code, **env):
@@ -314,3 +316,77 @@ def test_no_host_sync_on_cuda():
     torch.cuda.set_sync_debug_mode("error")
     try: list(loader)
     finally: torch.cuda.set_sync_debug_mode("default")
+
+
+# nothing changes without a word
+
+def test_class_folders_that_changed_places_are_decoded_again(tmp_path):
+    root, cache = write_folder(tmp_path / "a"), tmp_path / "cache"
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(400, b"\0"))  # equal sizes and whole-second times
+        os.utime(path, (10 ** 9, 10 ** 9))
+    before = folder(root, cache)
+    for split in ("train", "test"):
+        (root / split / "cat").rename(tmp_path / split)
+        (root / split / "dog").rename(root / split / "cat")
+        (tmp_path / split).rename(root / split / "dog")
+    after = folder(root, cache)
+    assert torch.equal(after.train_images, before.train_images.roll(3, 0)) and after.digest != before.digest
+
+
+def png16(channels, kind):
+    "A PNG file with 16 bits per channel"
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(range(16 * channels))) * 8)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content", [png16(1, 0), png16(3, 2), png16(2, 4), png16(4, 6),
+                                     b"P6 8 8 65535\n" + bytes(384), b"P5 8 8 1000\n" + bytes(128)])
+def test_more_than_8_bits_are_refused_in_every_format(tmp_path, content):
+    root = write_folder(tmp_path / "a")
+    (root / "train" / "cat" / "0.png").write_bytes(content)
+    refuses("cat/0.png: not a readable 8-bit image .*more than 8 bits per channel", root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("mode, transparency, says", [
+    ("RGBA", None, "transparent pixels"), ("LA", None, "transparent pixels"), ("P", 0, "transparent pixels"),
+    ("RGB", (0, 0, 0), "transparent pixels"), ("L", 0, "transparent pixels"), ("CMYK", None, "mode 'CMYK'; allowed: ")])
+def test_what_would_be_lost_is_refused(tmp_path, mode, transparency, says):
+    root = write_folder(tmp_path / "a")
+    kind = {} if transparency is None else dict(transparency=transparency)
+    Image.new(mode, (8, 8)).save(root / "train" / "cat" / "0.png", "JPEG" if mode == "CMYK" else "PNG", **kind)
+    refuses(f"cat/0.png: not a readable 8-bit image .*{says}", root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_that_look_alike_are_read_alike(tmp_path, orientation):
+    seen = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
+    stored = {1: (), 2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}[orientation]
+    turned, exif = seen, Image.Exif()
+    for how in stored: turned = turned.transpose(Image.Transpose(how))
+    exif[0x0112] = orientation
+    turned.save(tmp_path / "a.png", exif=exif)
+    assert (symbreak.cache._image(tmp_path / "a.png") == np.asarray(seen).transpose(2, 0, 1)).all()
+
+
+def test_one_class_in_two_spellings_has_one_label(tmp_path):
+    root = write_folder(tmp_path / "a", classes=("z", "caf\u00e9"))
+    (root / "test" / "caf\u00e9").rename(root / "test" / "cafe\u0301")
+    a = folder(root, tmp_path / "cache")
+    assert a.classes == ("caf\u00e9", "z") and a.test_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_class_is_never_left_without_an_image():
+    labels = torch.tensor([0] * 500 + [1] * 60 + [2] * 5)
+    images = torch.zeros(565, 1, 8, 8, dtype=torch.uint8)
+    a = Dataset("a", "a", images, labels, images, labels, ("cat", "dog", "emu"), (0.,), (1.,))
+    for size in range(1, 566):
+        for argument in ("train_size", "test_size"):
+            try: taken = a.subset(**{argument: size})
+            except ValueError as e:
+                assert re.search(rf"{argument}: {size} leaves no image of class .*'emu' \(5 of 565 images\)", str(e))
+                assert size < 113
+            else: assert getattr(taken, argument.replace("size", "labels")).bincount().min() > 0
