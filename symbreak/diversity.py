@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .init import choose
 from .nets import WeightLayer, layer_outputs, weight_layers
-from .propagation import double
+from .propagation import double, unit_rows_
 
 # %% ../nbs/04_diversity.ipynb #44512a7c
 def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 dimension, any dtype, no NaN
@@ -66,6 +66,7 @@ def _different_hashed(rows: Tensor) -> int:
 def _groups(rows: Tensor, atol: float) -> int:
     "Number of groups within `atol` of the first row that no earlier group took"
     count = 0
+    if not rows.is_floating_point(): rows = rows.double()  # where differences do not wrap around
     while len(rows):
         rows, count = rows[((rows - rows[0]).abs() > atol).any(1)], count + 1
     return count
@@ -73,7 +74,7 @@ def _groups(rows: Tensor, atol: float) -> int:
 # %% ../nbs/04_diversity.ipynb #ba337758
 def _mean_correlation(vectors: Tensor, constant: str) -> Tensor:
     "Mean Pearson correlation over pairs of rows of `vectors` (n, d), as a 0-d tensor, with no host sync"
-    u = double(vectors)
+    u = unit_rows_(double(vectors))
     u -= u[:, :1].clone()  # a constant row becomes exactly zero; subtracting its mean would leave rounding noise
     u -= u.mean(1, keepdim=True)
     norm = u.norm(dim=1, keepdim=True)
@@ -99,6 +100,12 @@ def _vectors(weight: Tensor, over: str, max_kernels: int, seed: int) -> Tensor:
     drawn = torch.randperm(len(kernels), generator=torch.Generator().manual_seed(seed))[:max_kernels]
     return kernels[drawn.to(weight.device)]
 
+# %% ../nbs/04_diversity.ipynb #392c72f2
+def _check_floats(name: str, x: Tensor) -> None:
+    "ValueError for a tensor that holds no real numbers to be measured"
+    if not x.is_floating_point() or not x.numel():
+        raise ValueError(f"{name}: {x.dtype} of shape {tuple(x.shape)}; allowed: floating point, not empty")
+
 # %% ../nbs/04_diversity.ipynb #c1468b3b
 def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
                        over: str = "forward", # pairs of outputs "forward", inputs "backward", or kernels "kernel"
@@ -111,6 +118,7 @@ def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
     choose("constant", constant, ("one", "nan", "drop"))
     if weight.dim() < 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in) or (out, in, kh, kw)")
+    _check_floats("weight", weight)
     if max_kernels < 2: raise ValueError(f"max_kernels: {max_kernels}; allowed: >= 2")
     return _mean_correlation(_vectors(weight, over, max_kernels, seed), constant).item()
 
@@ -190,8 +198,9 @@ def layer_distinct(model: nn.Module) -> dict[str, int]: # name of the layer -> n
 def effective_width(activations: Tensor, # (n, c, h, w) or (n, c), float; every axis but 1 runs over samples
 ) -> float: # 1 <= it <= c; 0 if no channel varies; NaN if the activations hold one
     "Participation ratio of the channel covariance"
-    if activations.dim() < 2 or not activations.numel():
-        raise ValueError(f"activations: shape {tuple(activations.shape)}; allowed: (n, c) or (n, c, h, w), not empty")
+    if activations.dim() < 2:
+        raise ValueError(f"activations: shape {tuple(activations.shape)}; allowed: (n, c) or (n, c, h, w)")
+    _check_floats("activations", activations)
     return _effective_width(activations).item()
 
 def _effective_width(activations: Tensor) -> Tensor:

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/01_init.ipynb #26cb8f0f
+def _outputs(weight: Tensor, groups: int) -> int:
+    "Output channels of each group of a weight; ValueError if it is none"
+    if weight.dim() not in (2, 4) or not weight.numel():
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: 2-d (linear) or 4-d (convolution), not empty")
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise ValueError(f"weight: {weight.dtype}; allowed: floating point of 16 bits or more")
+    if type(groups) is not int or groups < 1 or len(weight) % groups:
+        raise ValueError(f"groups: {groups!r}; allowed: whole numbers >= 1 that divide the {len(weight)} outputs")
+    return len(weight) // groups
+
+# %% ../nbs/01_init.ipynb #5c8a4463
 def _centre(weight: Tensor) -> tuple:
     "Index of the centre tap of a convolution weight; nothing to index for a linear one"
-    if weight.dim() not in (2, 4):
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: 2-d (linear) or 4-d (convolution)")
     if any(k % 2 == 0 for k in weight.shape[2:]):
         raise ValueError(f"weight: kernel {tuple(weight.shape[2:])} has no centre tap; allowed: odd sizes")
     return tuple(k // 2 for k in weight.shape[2:])
@@ -24,8 +33,10 @@ def _centre(weight: Tensor) -> tuple:
 @torch.no_grad()
 def averaging_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype; filled in place
                factor: float = 1., # multiplies the mean
+               groups: int = 1, # of the convolution; each output is the mean of its own group
 ) -> Tensor: # the same tensor
     "Every output channel becomes `factor` times the mean of the input channels (letter `1` of the paper)"
+    _outputs(weight, groups)
     weight.zero_()
     weight[(..., *_centre(weight))] = factor / weight.shape[1]
     return weight
@@ -34,11 +45,13 @@ def averaging_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype
 @torch.no_grad()
 def identity_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype; filled in place
               factor: float = 1., # multiplies the channel that is handed on
+              groups: int = 1, # of the convolution; in each, channels are counted from 0
 ) -> Tensor: # the same tensor
     "Output channel `o` becomes `factor` times input channel `o mod in` (letter `i` of the paper)"
-    centre, out = _centre(weight), torch.arange(weight.shape[0], device=weight.device)
+    outputs, centre = _outputs(weight, groups), _centre(weight)
+    out = torch.arange(len(weight), device=weight.device)
     weight.zero_()
-    weight[(out, out % weight.shape[1], *centre)] = factor
+    weight[(out, out % outputs % weight.shape[1], *centre)] = factor
     return weight
 
 # %% ../nbs/01_init.ipynb #1abdf330
@@ -46,9 +59,10 @@ def identity_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype;
 def he_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype; filled in place
         gain: float = 2., # variance times fan_out; 2 after a ReLU, 1 after a linear map
         generator: torch.Generator | None = None, # source of randomness; None: torch's global one
+        groups: int = 1, # of the convolution; fan_out counts the outputs of one
 ) -> Tensor: # the same tensor
     "N(0, gain / fan_out) with fan_out = kh * kw * out (He et al. 2015, eq. 14; as released for ConstNet)"
-    fan_out = weight.shape[0] * math.prod(weight.shape[2:])
+    fan_out = _outputs(weight, groups) * math.prod(weight.shape[2:])
     return weight.normal_(0, math.sqrt(gain / fan_out), generator=generator)
 
 # %% ../nbs/01_init.ipynb #ce3fdd36
@@ -56,8 +70,10 @@ def he_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype; fille
 def leaky_normal_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dtype; filled in place
                   slope: float = 0.01, # negative slope `a` of the leaky ReLU
                   generator: torch.Generator | None = None, # source of randomness; None: torch's global one
+                  groups: int = 1, # of the convolution; an output sees the inputs of one, as the shape says
 ) -> Tensor: # the same tensor
     "N(0, sqrt(2) (1 + slope) / fan_in) with fan_in = kh * kw * in (letter `h` of LeakyNet, as released)"
+    _outputs(weight, groups)
     fan_in = math.prod(weight.shape[1:])
     return weight.normal_(0, math.sqrt(math.sqrt(2) * (1 + slope) / fan_in), generator=generator)
 
@@ -66,15 +82,16 @@ def leaky_normal_(weight: Tensor, # (out, in, kh, kw) or (out, in), any float dt
 def delta_orthogonal_(weight: Tensor, # (out, in, kh, kw) or (out, in) with out >= in, float; filled in place
                       gain: float = 1., # multiplies the isometry
                       generator: torch.Generator | None = None, # source of randomness; None: torch's global one
+                      groups: int = 1, # of the convolution; each gets an isometry of its own
 ) -> Tensor: # the same tensor
     "Zero but for a random isometry at the centre tap (Xiao et al. 2018, algorithm 1)"
-    if weight.shape[0] < weight.shape[1]:
-        raise ValueError(f"weight: {weight.shape[0]} outputs for {weight.shape[1]} inputs; allowed: out >= in")
-    tap = weight.new_empty(weight.shape[:2])
-    nn.init.orthogonal_(tap, gain, generator=generator)
-    centre = _centre(weight)
+    outputs, centre = _outputs(weight, groups), _centre(weight)
+    if outputs < weight.shape[1]:
+        raise ValueError(f"weight: {outputs} outputs for {weight.shape[1]} inputs; allowed: out >= in")
+    tap = weight.new_empty(weight.shape[:2], dtype=torch.promote_types(weight.dtype, torch.float32))
+    for part in tap.split(outputs): nn.init.orthogonal_(part, gain, generator=generator)
     weight.zero_()
-    weight[(..., *centre)] = tap
+    weight[(..., *centre)] = tap.to(weight.dtype)
     return weight
 
 # %% ../nbs/01_init.ipynb #c9b8ebb6
