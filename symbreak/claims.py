@@ -292,9 +292,10 @@ CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRE
 def verdicts(figure: str, # experiment
           table: pd.DataFrame, # its tidy data, as reproduce returns it
           profile: str = "quick", # claims of this profile only
-) -> pd.DataFrame: # figure, statement, band, measured, seeds, verdict
+) -> pd.DataFrame: # figure, statement, band, measured, seeds, margin, verdict
     "The claims of a figure with their verdicts"
     request = Request(figure, profile)
     planned, enough = outline(request), min(3, seeds(request))
     rows = [judge(c, table, planned, enough) for c in CLAIMS if c.figure == figure and c.is_meant_for(profile)]
-    return pd.DataFrame(rows, columns=["figure", "statement", "band", "measured", "seeds", "verdict"])
+    return pd.DataFrame(rows, columns=["figure", "statement", "band", "measured", "seeds", "margin",
+                                       "verdict"])

@@ -19,7 +19,7 @@ from .experiments import Request
 from .records import write_atomic
 from .results import everywhere, reproduce
 from .runs import home
-from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
+from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, in_full
 
 # %% ../nbs/25_figures.ipynb #a4e4b8f7
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Verdicts:
     def __init__(self, claims: pd.DataFrame): self.claims = claims # rows of symbreak.claims.verdicts
 
     def __repr__(self) -> str:
-        return "\n".join(f"{r.verdict}: {r.statement}: {r.measured or '-'} (band: {r.band})"
+        return "\n".join(f"{in_full(r)}: {r.statement}: {r.measured or '-'} (band: {r.band})"
                          for r in self.claims.itertuples())
 
     def _repr_html_(self) -> str:
         def row(r):
-            cells = (f'<b style="color:{_COLOURS[r.verdict]}">{r.verdict}</b>',
+            cells = (f'<b style="color:{_COLOURS[r.verdict]}">{in_full(r)}</b>',
                      *map(escape, (r.statement, r.measured or "-", r.band)))
             return "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>"
         head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("verdict", "claim", "measured", "band"))

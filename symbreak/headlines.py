@@ -20,7 +20,7 @@ from .figures import figure_files, read_table
 from .profiles import PROFILES
 from .results import collect
 from .runs import Store, home
-from .verdicts import NOT_REPRODUCED, NOT_TESTED
+from .verdicts import NOT_REPRODUCED, NOT_TESTED, in_full
 
 # %% ../nbs/26_headlines.ipynb #d8c05ccc
 Reader = Callable[[Path], str | None]  # path -> its text, or None if there is no such file
@@ -51,7 +51,7 @@ def committed_table(name: str, profile: str, read: Reader) -> pd.DataFrame | Non
     return table if len(table) else None
 
 # %% ../nbs/26_headlines.ipynb #f469d52e
-def all_verdicts(read: Reader = lying) -> pd.DataFrame: # figure, statement, band, measured, seeds, verdict, profile
+def all_verdicts(read: Reader = lying) -> pd.DataFrame: # figure, statement, band, measured, seeds, margin, verdict, profile
     "Every claim at every profile of which something is finished"
     rows, sources = [], {}
     for profile in PROFILES:
@@ -72,7 +72,7 @@ def _source(provenances: list[dict]) -> str: # such as "digits (scikit-learn, 8x
 def outcome(row) -> str: # of all_verdicts
     "What was measured and what follows, for a table in Markdown"
     if row.verdict == NOT_TESTED: return NOT_TESTED
-    return f"{row.measured}, " + (f"**{row.verdict}**" if row.verdict == NOT_REPRODUCED else row.verdict)
+    return f"{row.measured}, " + (f"**{in_full(row)}**" if row.verdict == NOT_REPRODUCED else in_full(row))
 
 def band_in_words(bands: dict[str, str]) -> str: # profile -> band
     "The band of a claim; by profile where they differ"
@@ -112,7 +112,8 @@ def readme_table(verdicts: pd.DataFrame) -> str: # Markdown
 def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
     "The page with every claim at every profile"
     about = ("A claim is *reproduced* if the mean over seeds of what was measured (± standard deviation), give or\n"
-             "take its standard error, lies in the band. Written by `python tools/write_claims.py` from the data\n"
+             "take its standard error, lies in the band, and *marginal* if an end of the band is no further from the\n"
+             "mean than that error, so that other seeds may decide otherwise. Written by `python tools/write_claims.py` from the data\n"
              "beside the figures and, for figures that still lack runs, from `results/`.")
     return (f"# All claims\n\n{about}\n\n" + sources(verdicts) + "\n"
             + one_row_each(verdicts).to_markdown(index=False) + "\n")
