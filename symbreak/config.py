@@ -18,6 +18,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 
 from .numerics import cpu_has_bf16, resolve_device
+from .data import canonical
 
 # %% ../nbs/11_config.ipynb #3a74b54e
 def check_type(name: str, value, hint) -> None:
@@ -189,6 +190,7 @@ class Config(Settings):
 
     def __post_init__(self):
         check_fields(self)
+        object.__setattr__(self, "data", canonical(self.data))
         if self.benchmark and self.deterministic:
             raise ValueError("benchmark: True with deterministic=True, but stopwatches are not; allowed: False")
         alike = self.net == "ConstNet" and self.init == "identical"

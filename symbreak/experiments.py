@@ -14,6 +14,7 @@ from functools import partial
 import pandas as pd
 
 from .config import Config, resolve_device
+from .data import canonical
 from .plans import (Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan, skips_plan,
                             strings_plan, survival_plan, toy_plan, travel_plan)
 from .profiles import Profile, find_profile, on_data
@@ -110,6 +111,7 @@ class Request:
             raise ValueError(f"experiment: {self.name!r} at profile {self.profile}; "
                              f"allowed there: {', '.join(names)}")
         resolve_device(self.device)
+        if self.data is not None: object.__setattr__(self, "data", canonical(self.data))
 
     @property
     def experiment(self) -> Experiment: return EXPERIMENTS[self.name]

@@ -66,7 +66,9 @@ def small_print(table: pd.DataFrame) -> str:
     "Profile, data, device, torch version, seeds and commit in one line"
     p = table.attrs["provenance"]
     seeds = f"seeds {p['seeds'][0]}-{p['seeds'][-1]}" if p["seeds"] else "no seeds"
-    parts = [f"profile {p['profile']}", *(", ".join(p.get(k, ())) for k in ("data", "images", "device")),
+    unchecked = "images not at hand to compare" if table.attrs.get("unchecked") else ""
+    parts = [f"profile {p['profile']}", *(", ".join(p.get(k, ())) for k in ("data", "images")), unchecked,
+             ", ".join(p.get("device", ())),
              f"torch {', '.join(p['torch'])}", seeds, f"commit {', '.join(p['commit'])}"]
     return " | ".join(part for part in parts if part)
 

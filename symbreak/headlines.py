@@ -51,7 +51,7 @@ def committed_table(name: str, profile: str, read: Reader) -> pd.DataFrame | Non
     return table if len(table) else None
 
 # %% ../nbs/26_headlines.ipynb #f469d52e
-def all_verdicts(read: Reader = lying) -> pd.DataFrame: # figure, statement, band, measured, seeds, margin, verdict, profile
+def all_verdicts(read: Reader = lying) -> pd.DataFrame: # the columns of claims.verdicts, and profile
     "Every claim at every profile of which something is finished"
     rows, sources = [], {}
     for profile in PROFILES:
@@ -113,7 +113,8 @@ def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
     "The page with every claim at every profile"
     about = ("A claim is *reproduced* if the mean over seeds of what was measured (± standard deviation), give or\n"
              "take its standard error, lies in the band, and *marginal* if an end of the band is no further from the\n"
-             "mean than that error, so that other seeds may decide otherwise. Written by `python tools/write_claims.py` from the data\n"
-             "beside the figures and, for figures that still lack runs, from `results/`.")
+             "mean than that error, so that other seeds may decide otherwise. Written by\n"
+             "`python tools/write_claims.py` from the data beside the figures and, for figures that still lack runs,\n"
+             "from `results/`.")
     return (f"# All claims\n\n{about}\n\n" + sources(verdicts) + "\n"
             + one_row_each(verdicts).to_markdown(index=False) + "\n")

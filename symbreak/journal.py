@@ -56,8 +56,8 @@ def save_checkpoint(journal: Journal, state: dict) -> None:
 # %% ../nbs/12a_journal.ipynb #61befcd7
 def check_resumable(then: dict, now: dict, path: Path) -> None:
     "Raise unless the records of a checkpoint and of this process agree in what a run cannot change"
-    for what in ("device", "data_digest"):
-        if then[what] != now[what]:
+    for what in ("device", "data_digest", "treatment"):
+        if then.get(what, now.get(what)) != now.get(what):
             raise ValueError(f"checkpoint: {path} was made with {what} {then[what]}, this process has {now[what]}; "
                              "go on under the same, or delete the file to start that run again")
 

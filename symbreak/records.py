@@ -224,6 +224,8 @@ class Run:
     steps: list[dict]  # per measured step
     record: dict  # provenance, status ("finished", "paused", "diverged"), layer names, digests, wall_s
     model: nn.Module | None = None  # present after train(), absent when read from a folder
+    folder: Path | None = None  # from which it was read
+    unchecked: str = ""  # why its images were not compared with those at hand (`symbreak.images`), if they were not
 
     @property
     def history(self) -> "pandas.DataFrame":
@@ -246,7 +248,8 @@ class Run:
         record, files = read_record(folder), RunFiles(Path(folder))
         if not record:
             raise ValueError(f"folder: {folder} has no record of a run; allowed: a folder that train has written")
-        return cls(Config.from_dict(record["config"]), read_lines(files.metrics), read_lines(files.steps), record)
+        return cls(Config.from_dict(record["config"]), read_lines(files.metrics), read_lines(files.steps), record,
+                   folder=files.folder)
 
 # %% ../nbs/12_records.ipynb #275f6f47
 def save_run(run: Run, folder: Path) -> None:

@@ -15,13 +15,13 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import symbreak
 from .config import Config, resolve_device
-from .data import Dataset, load
+from .data import Dataset
+from .images import checked
 from .records import Run, RunFiles, is_finished, read_lines
 from .train import train
 
@@ -66,14 +66,14 @@ class Store:
         folders = (Path(place)/c.hash for place in (self.root, *self.archives) for c in _as_trained(config))
         return next(filter(is_finished, folders), None)
 
-    def load(self, config: Config) -> Run | None:
-        "The finished run of `config`, or None"
+    def load(self, config: Config, data: Dataset | None = None) -> Run | None:
+        "The finished run of `config`, or None; ValueError if it has seen other images than those at hand, or `data`"
         found = self.find(config)
-        return None if found is None else Run.load(found)
+        return None if found is None else checked(Run.load(found), data)
 
-    def train(self, config: Config, **kwargs) -> Run:
+    def train(self, config: Config, data: Dataset | None = None, **kwargs) -> Run:
         "Train unless the run is finished; while another process has the run, wait for it"
-        return self.load(config) or train(config, self.folder(config), **kwargs)
+        return self.load(config, data) or train(config, self.folder(config), data=data, **kwargs)
 
     def epochs_done(self, config: Config) -> int:
         "Epochs that are on disk; more than a checkpoint may hold, so for displays only"
@@ -118,21 +118,11 @@ class Budget:
         return self.deadline is not None and time.time() >= self.deadline
 
 # %% ../nbs/14_runs.ipynb #4589e461
-@lru_cache(maxsize=1)
-def _images(source: str, train_size: int | None, test_size: int | None) -> Dataset:
-    "The images of a run, kept for the next one in this process"
-    return load(source, train_size=train_size, test_size=test_size)
-
-def _train_one(config: Config, store: Store, **kwargs) -> Run:
-    "One run in this process, on images that may have been loaded before"
-    if run := store.load(config): return run
-    return store.train(config, data=_images(config.data, config.train_size, config.test_size), **kwargs)
-
 def _train_here(configs: list[Config], store: Store, budget: Budget, tick: Callable | None) -> None:
     "One run after the other in this process"
     for config in configs:
         if budget.spent(): return
-        _train_one(config, store, report=(lambda *_: tick()) if tick else None, stop=budget.spent)
+        store.train(config, report=(lambda *_: tick()) if tick else None, stop=budget.spent)
 
 # %% ../nbs/14_runs.ipynb #53759629
 def default_workers() -> int:
@@ -156,7 +146,7 @@ def _start_worker(isa: str) -> None:
 
 def _train_in_worker(store: Store, config: Config, budget: Budget) -> str: # the status of the run
     "What a worker does with a run"
-    return "paused" if budget.spent() else _train_one(config, store, stop=budget.spent).record["status"]
+    return "paused" if budget.spent() else store.train(config, stop=budget.spent).record["status"]
 
 # %% ../nbs/14_runs.ipynb #edcec1ca
 @contextmanager

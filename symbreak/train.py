@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from .breaking import hooks
 from .config import Config, learning_rate, usable_device
-from .data import Dataset, Loader, load
+from .data import Dataset, Loader
 from .diversity import layer_asymmetry, measure
 from .growth import copies_hooks, part_copies
+from .images import checked, images, seen
 from .journal import Journal, resume, save_checkpoint
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
 from .numerics import cpu_threads, numerics
@@ -235,11 +236,11 @@ def finish(trainer: Trainer, journal: Journal, status: str) -> Run: # status: as
     return run
 
 # %% ../nbs/13_train.ipynb #4534d6a6
-def _finished(folder: Path | None, config: Config) -> Run | None:
-    "The run that the folder of `config` holds, if it has come to its end"
+def _finished(folder: Path | None, config: Config, data: Dataset | None) -> Run | None:
+    "The run that the folder of `config` holds, if it has come to its end on the images at hand"
     if folder is None: return None
     check_folder(folder, config)
-    return Run.load(folder) if is_finished(folder) else None
+    return checked(Run.load(folder), data) if is_finished(folder) else None
 
 def train(config: Config, # what to train
           folder: Path | str | None = None, # where the run lives; None: nothing is written
@@ -250,15 +251,15 @@ def train(config: Config, # what to train
 ) -> Run: # with history and record, and with the trained model unless the folder's run was finished already
     "Train one network; in a folder, go on where an earlier call stopped"
     device, folder = usable_device(config), None if folder is None else Path(folder)
-    if run := _finished(folder, config): return run
-    if data is None: data = load(config.data, train_size=config.train_size, test_size=config.test_size)
+    if run := _finished(folder, config, data): return run
+    if data is None: data = images(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
          cpu_threads(config.operation_threads), \
          numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches:
         trainer = Trainer(config, data, device)
         with held(folder, config):
-            if run := _finished(folder, config): return run
-            journal = Journal(dict(config=asdict(config), hash=config.hash, data=data.label, data_digest=data.digest,
+            if run := _finished(folder, config, data): return run
+            journal = Journal(dict(config=asdict(config), hash=config.hash, **seen(config, data),
                                    switches=switches, **provenance(device) | dict(threads=config.threads)),
                               folder, report)
             if state := resume(journal): restore(trainer, state)

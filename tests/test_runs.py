@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from symbreak.config import Config
+from symbreak.data import load
+from symbreak.experiments import Request
 from symbreak.records import Run, RunFiles, read_lines
 from symbreak.runs import Store, default_store, execute, home, own_checkout
 from symbreak.train import train
@@ -21,6 +24,8 @@ CODE = """
 import sys, torch
 from dataclasses import replace
 from symbreak.config import Config
+from symbreak.data import load
+from symbreak.experiments import Request
 from symbreak.runs import Store, execute
 torch.set_num_threads(1)
 if __name__ == "__main__":
@@ -140,3 +145,54 @@ def test_the_library_of_one_checkout_refuses_the_notebooks_of_another(tmp_path, 
         home()
     monkeypatch.setattr("symbreak.runs.own_checkout", lambda: None)  # as an installed package
     assert home() == tmp_path
+
+
+# no answer from other images
+
+def folder_of(images, root):
+    "The first digits as a folder of PNG files, 8 of each class to train with and 2 to test with"
+    for label in range(2):
+        these = images.train_images[images.train_labels == label][:10, 0].numpy()
+        for i, image in enumerate(these):
+            path = root / ("train" if i < 8 else "test") / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    "A look holds for no time, and the cache is nobody else's"
+    monkeypatch.setattr("symbreak.images.LOOK_S", 1e-9)
+
+
+def test_images_that_were_replaced_give_no_old_answer(tmp_path, monkeypatch, at_once):
+    monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
+    root, store = folder_of(load(), tmp_path / "pets"), Store(tmp_path / "runs")
+    config = Config(data=f"folder:{root}/", depth=7, width=1, epochs=1, batch_size=8)
+    first = store.train(config)
+    treatment = {name: first.record["treatment"][name] for name in ("channels", "augment", "pad")}
+    assert treatment == dict(channels=3, augment="crop_flip", pad=1)
+    assert store.load(config).metrics == first.metrics and store.load(config).unchecked == ""
+    image = root / "train" / "0" / "3.png"
+    Image.new("L", (8, 8), 200).save(image)
+    says = f"the finished run in {re.escape(str(store.folder(config)))} has seen other images than 'folder:.*' has now"
+    for ask in (lambda: store.load(config), lambda: store.train(config), lambda: train(config, store.folder(config)),
+                lambda: execute([config], store)):
+        with pytest.raises(ValueError, match=says): ask()
+    root.rename(tmp_path / "elsewhere")
+    assert "no such folder" in store.load(config).unchecked
+
+
+def test_images_of_a_caller_are_not_those_of_the_configuration(tmp_path, at_once):
+    store, mine = Store(tmp_path), load().subset(300, 100)
+    config = replace(TINY, epochs=1)
+    run = store.train(config, data=mine)
+    assert store.train(config, data=mine).metrics == run.metrics
+    for ask in (lambda: store.train(config), lambda: store.load(config), lambda: store.train(config, data=load())):
+        with pytest.raises(ValueError, match="has seen other images than 'digits' has now"): ask()
+
+
+def test_two_spellings_of_a_folder_are_one_run():
+    assert Config(data="folder:/x//y/").hash == Config(data="folder:/x/y").hash != Config(data="folder:/x/z").hash
+    assert Request("fig04", data="folder:/x/") == Request("fig04", data="folder:/x")
