@@ -31,7 +31,8 @@ from symbreak.experiments import Request, plan
 from symbreak.nets import ConstNet
 from symbreak.numerics import numerics
 from symbreak.plans import ATOMIC
-from symbreak.records import RunFiles, is_finished, provenance, write_json
+from symbreak.provenance import provenance
+from symbreak.records import RunFiles, is_finished, write_json
 from symbreak.runs import Store, copy_small, default_store, home
 from symbreak.train import Trainer, learn, train
 

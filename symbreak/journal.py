@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Callable
 
-import torch
-
-from .records import RunFiles, append_line, read_checkpoint, without_nan, write_atomic, write_lines
+from .records import RunFiles, append_line, read_checkpoint, without_nan, write_checkpoint, write_lines
 
 # %% ../nbs/12a_journal.ipynb #19ddb7b5
 def with_best(row: dict, before: list[dict]) -> dict:
@@ -51,7 +49,7 @@ def save_checkpoint(journal: Journal, state: dict) -> None:
     "Write all that the rest of a run depends on"
     if journal.files is None: return
     whole = dict(state, wall_s=journal.wall_s, metrics=journal.metrics, record=journal.record)
-    write_atomic(journal.files.checkpoint, lambda f: torch.save(whole, f))
+    write_checkpoint(journal.files.checkpoint, whole)
 
 # %% ../nbs/12a_journal.ipynb #61befcd7
 def check_resumable(then: dict, now: dict, path: Path) -> None:

@@ -35,8 +35,9 @@ from .plans import STRINGS
 from .nets import ConstNet, LeakyNet
 from .profiles import Profile
 from .propagation import NETWORKS, propagate
+from .provenance import provenance
 from .quotient import quotient
-from .records import provenance, write_atomic
+from .records import read_sealed, sealed, write_atomic
 from .runs import Store
 
 # %% ../nbs/22_measurements.ipynb #b995c4ed
@@ -169,7 +170,7 @@ def _table(request: Request, kept: dict) -> pd.DataFrame | None: # None if it ha
 # %% ../nbs/22_measurements.ipynb #968b369a
 def kept_measurement(request: Request, store: Store) -> pd.DataFrame | None:
     "A measurement of this very library on the images at hand, if the store has one"
-    try: kept = json.loads(_path(request, store).read_text())
+    try: kept = read_sealed(_path(request, store), "")
     except (OSError, ValueError): return None  # not there, or damaged: it is measured again
     return _table(request, kept) if kept.get("source") == source_digest(SHOWING) else None
 
@@ -177,7 +178,8 @@ def archived_measurement(request: Request, store: Store) -> pd.DataFrame | None:
     "A measurement that was committed, of whatever version its provenance says, unless its images were others"
     pattern = _file_name(request, "*" if request.device == "auto" else request.device)
     found = [path for archive in store.archives for path in sorted((Path(archive)/"measured").glob(pattern))]
-    return _table(request, json.loads(found[0].read_text())) if found else None
+    if not found: return None
+    return _table(request, read_sealed(found[0], f"restore it, or move it out of {found[0].parent}"))
 
 # %% ../nbs/22_measurements.ipynb #3c6e6b6c
 @contextmanager
@@ -210,5 +212,5 @@ def take_measurement(request: Request, store: Store) -> pd.DataFrame:
                 provenance=_provenance(request, table, data.label if data else "", device), rows=rows)
     path = _path(request, store)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda f: f.write(json.dumps(kept).encode()))
+    write_atomic(path, lambda f: f.write(json.dumps(sealed(kept)).encode()))
     return kept_measurement(request, store)

@@ -22,7 +22,7 @@ import symbreak
 from .config import Config, resolve_device
 from .data import Dataset
 from .images import checked
-from .records import Run, RunFiles, is_finished, read_lines
+from .records import Run, RunFiles, is_finished, read_lines, read_record, with_digests, write_json
 from .train import train
 
 # %% ../nbs/14_runs.ipynb #db5301d9
@@ -76,9 +76,11 @@ class Store:
         return self.load(config, data) or train(config, self.folder(config), data=data, **kwargs)
 
     def epochs_done(self, config: Config) -> int:
-        "Epochs that are on disk; more than a checkpoint may hold, so for displays only"
-        if self.find(config): return config.epochs
-        return max((row["epoch"] for row in read_lines(RunFiles(self.folder(config)).metrics)), default=0)
+        "Epochs that are on disk; more than a checkpoint may hold, so for displays only: damage counts as nothing"
+        try:
+            if self.find(config): return config.epochs
+            return max((row["epoch"] for row in read_lines(RunFiles(self.folder(config)).metrics)), default=0)
+        except (ValueError, KeyError, TypeError): return 0
 
     def archive(self, config: Config, archive: Path) -> Path:
         "Copy the small files of a finished run into an archive"
@@ -93,6 +95,8 @@ def copy_small(folder: Path, archive: Path) -> Path: # the folder of the copy
     target.mkdir(parents=True, exist_ok=True)
     for path in RunFiles(folder).kept:
         if path.exists() and folder != target: shutil.copyfile(path, target/path.name)
+    if "seal" not in (record := read_record(target)):
+        write_json(RunFiles(target).record, with_digests(record, RunFiles(target)))
     return target
 
 # %% ../nbs/14_runs.ipynb #d4280ac3

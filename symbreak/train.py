@@ -28,8 +28,9 @@ from .images import checked, images, seen
 from .journal import Journal, resume, save_checkpoint
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
 from .numerics import cpu_threads, numerics
+from .provenance import provenance, weights_digest
 from .quotient import expand, quotient
-from .records import Run, check_folder, held, is_finished, provenance, save_run, weights_digest
+from .records import Run, check_folder, held, is_finished, save_run
 
 _all_ = ["Config", "Run"]
 

@@ -19,7 +19,7 @@ from symbreak.data import load
 from symbreak.diversity import distinct_features
 from symbreak.nets import ConstNet, LeakyNet, weight_layers
 from symbreak.numerics import numerics
-from symbreak.records import weights_digest
+from symbreak.provenance import weights_digest
 from symbreak.reduction import (GRANULARITIES, RandomReductionConv2d, random_reduction_,
                                 sum_atomically, sum_in_random_order)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.nets import ConstNet, LeakyNet
-from symbreak.records import git_commit
+from symbreak.provenance import git_commit
 from symbreak.runs import is_finished
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from symbreak.config import Config
-from symbreak.records import device_name
+from symbreak.provenance import device_name
 from symbreak.train import train
 
 SMALL = dict(train_size=200, test_size=100, epochs=2, width=1, depth=7, batch_size=64)

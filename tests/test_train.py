@@ -11,7 +11,8 @@ from symbreak import records
 from symbreak import train as training
 from symbreak.config import Config, learning_rate
 from symbreak.data import load
-from symbreak.records import RunFiles, weights_digest
+from symbreak.provenance import weights_digest
+from symbreak.records import RunFiles
 from symbreak.train import Trainer, run_epoch, train
 
 TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
@@ -132,9 +133,9 @@ def paused(tmp_path, config=TINY):
 
 
 def change(checkpoint, **values):
-    state = torch.load(checkpoint, weights_only=True)
+    state = records.read_checkpoint(checkpoint)
     state["record"].update(values)
-    torch.save(state, checkpoint)
+    records.write_checkpoint(checkpoint, state)
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path):
