@@ -8,6 +8,7 @@ __all__ = ['STRIDES', 'conv3x3', 'blocks', 'ConstBlock', 'ConstNet', 'LeakyBlock
            'WeightLayer', 'weight_layers']
 
 # %% ../nbs/02_nets.ipynb #e1a96db2
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -25,7 +26,7 @@ STRIDES = (1, 2, 2)
 def _blocks_per_stage(depth: int, layers_per_block: int = 1) -> int:
     "`n` of `depth = 3 n layers_per_block + 4`"
     per_n = 3 * layers_per_block
-    if not isinstance(depth, int) or depth < 4 + per_n or (depth - 4) % per_n:
+    if not isinstance(depth, int) or not 4 + per_n <= depth <= 10 ** 5 or (depth - 4) % per_n:
         raise ValueError(f"depth: {depth!r}; allowed: {per_n}n + 4 with n >= 1 ({per_n + 4}, {2 * per_n + 4}, ...)")
     return (depth - 4) // per_n
 
@@ -33,11 +34,16 @@ def _blocks_per_stage(depth: int, layers_per_block: int = 1) -> int:
 def _check_counts(**counts: int) -> None:
     "Raise unless every argument is a positive whole number"
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r}; allowed: a whole number >= 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10 ** 6:
+            raise ValueError(f"{name}: {value!r}; allowed: a whole number >= 1, at most a million")
+
+def _check_number(name: str, value: float, fits: Callable[[float], bool], allowed: str) -> None:
+    "Raise unless `value` is a number, and one that fits; True is none"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
+        raise ValueError(f"{name}: {value!r}; allowed: {allowed}")
 
 def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1: raise ValueError(f"dropout: {dropout!r}; allowed: 0 <= dropout < 1")
+    _check_number("dropout", dropout, lambda p: 0 <= p < 1, "0 <= dropout < 1")
 
 def _check_images(x: Tensor, in_channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_channels or min(x.shape[2:]) < 8:
@@ -159,7 +165,7 @@ class LeakyNet(_Staged):
         n = _blocks_per_stage(depth)
         letters = parse_init(init, 3 * n)
         _check_dropout(dropout)
-        if not 0 < slope < 1: raise ValueError(f"slope: {slope!r}; allowed: 0 < slope < 1")
+        _check_number("slope", slope, lambda a: 1e-30 <= a < 1, "0 < slope < 1, and not below 1e-30")
         odd = iter([False, True] * (3 * n))
         super().__init__(width, num_classes, in_channels, n,
                          lambda *shape: LeakyBlock(*shape, slope=slope, odd=next(odd), dropout=dropout))
@@ -200,7 +206,7 @@ class UniqueFeatureMLP(nn.Module):
         super().__init__()
         _check_counts(in_features=in_features, width=width, num_classes=num_classes, distinct=distinct)
         if distinct > width: raise ValueError(f"distinct: {distinct}; allowed: 1 <= distinct <= width = {width}")
-        if noise < 0: raise ValueError(f"noise: {noise!r}; allowed: >= 0")
+        _check_number("noise", noise, lambda sd: 0 <= sd <= 1e30, ">= 0, at most 1e30")
         self.hidden = nn.Linear(in_features, width)
         self.head = nn.Linear(width, num_classes)
         for zero in (self.hidden.bias, self.head.weight, self.head.bias): nn.init.zeros_(zero)
