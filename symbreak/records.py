@@ -180,8 +180,10 @@ def _head(saved: bytes) -> bytes: return b"symbreak checkpoint " + hashlib.sha25
 
 def write_checkpoint(path: Path, state: dict) -> None:
     "Save the state of a run with its digest, atomically"
-    torch.save(state, saved := io.BytesIO())
-    write_atomic(path, lambda f: f.writelines((_head(saved.getbuffer()), saved.getbuffer())))
+    def write(f):
+        torch.save(state, saved := io.BytesIO())
+        f.writelines((_head(saved.getbuffer()), saved.getbuffer()))
+    write_atomic(path, write)
 
 def read_checkpoint(path: Path) -> dict:
     "What a paused run has saved, on the CPU, or an error that says what to do with a broken file"
