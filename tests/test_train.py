@@ -179,7 +179,7 @@ def test_metrics_that_were_lost_come_back_from_the_checkpoint(tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     train(TINY, tmp_path / "run")
     RunFiles(tmp_path / "run").record.write_text("")
-    with pytest.raises(ValueError, match="record.json cannot be read; delete"):
+    with pytest.raises(ValueError, match="record.json: damaged, .*; restore it, or delete"):
         train(TINY, tmp_path / "run")
 
 
