@@ -10,6 +10,7 @@ __all__ = ['Rows', 'REPRODUCED', 'NOT_REPRODUCED', 'NOT_TESTED', 'select', 'Clai
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from .summaries import Summary
@@ -22,8 +23,14 @@ def select(table: pd.DataFrame, rows: Rows) -> pd.DataFrame:
     for column, value in rows.items():
         if column not in table:
             raise ValueError(f"rows: no column {column!r}; allowed: {', '.join(map(str, table.columns))}")
-        table = table[table[column].isin(value if isinstance(value, tuple) else (value,))]
+        values = value if isinstance(value, tuple) else (value,)
+        table = table[np.logical_or.reduce([_is(table[column], value) for value in values])]
     return table
+
+def _is(column: pd.Series, value) -> np.ndarray: # bool
+    "Where a column has a value; of a fraction a file keeps nine digits"
+    if not isinstance(value, float): return (column == value).to_numpy()
+    return np.isclose(pd.to_numeric(column, errors="coerce"), value, rtol=1e-8, atol=0)
 
 # %% ../nbs/23b_verdicts.ipynb #a0e81a9c
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
