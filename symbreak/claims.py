@@ -297,5 +297,4 @@ def verdicts(figure: str, # experiment
     request = Request(figure, profile)
     planned, enough = outline(request), min(3, seeds(request))
     rows = [judge(c, table, planned, enough) for c in CLAIMS if c.figure == figure and c.is_meant_for(profile)]
-    return pd.DataFrame(rows, columns=["figure", "statement", "band", "measured", "seeds", "margin",
-                                       "verdict"])
+    return pd.DataFrame(rows, columns="figure statement band measured seeds margin verdict".split())
