@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 _PLACES = {"ConstNet": "nets", "LeakyNet": "nets", "weight_correlation": "diversity", "distinct_features": "diversity",
            "asymmetry": "diversity", "effective_width": "diversity", "expand": "quotient", "growth_rate": "growth",
            "break_time": "growth", "Config": "config", "Run": "records", "predict": "prediction",
-           "reproduce": "results", "probe": "hardware"}
+           "reproduce": "results", "probe": "hardware", "check": "symmetry", "Check": "symmetry"}
 
 
 def __getattr__(name: str):
