@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find', 'make_model', 'make_batch', 'read_batch', 'CheckVerb']
 
-# %% ../nbs/33a_checking.ipynb #3b1eea59
+# %% ../nbs/33a_checking.ipynb #1e7f371a
 import ast
 import json
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-# %% ../nbs/33a_checking.ipynb #5ddec272
+# %% ../nbs/33a_checking.ipynb #8ccc63bb
 def _arguments(options: tuple[str, ...]) -> dict: # keyword arguments
     "Options such as num_classes=10 as Python values; what is no literal stays a string"
     found = {}
@@ -43,11 +43,12 @@ def make_model(name: str, options: tuple[str, ...] = ()) -> "torch.nn.Module":
     "The model that a name leads to, made if it is not one yet"
     from torch import nn
     found = find(name)
-    made = found if isinstance(found, nn.Module) else found(**_arguments(options))
+    try: made = found if isinstance(found, nn.Module) else found(**_arguments(options))
+    except TypeError as e: raise ValueError(f"options: {name!r} cannot be made with {options} ({e})") from e
     if isinstance(made, nn.Module): return made
     raise ValueError(f"model: {name!r} makes a {type(made).__name__}; allowed: a torch.nn.Module")
 
-# %% ../nbs/33a_checking.ipynb #0a7c455c
+# %% ../nbs/33a_checking.ipynb #21149566
 def make_batch(shape: str, size: int, tokens: int, dtype: "torch.dtype") -> "torch.Tensor": # (size, *shape)
     "Random inputs, the same ones every time"
     import torch
@@ -67,7 +68,7 @@ def read_batch(path: Path): # a tensor, a pair, or a dict
     except Exception as e: raise ValueError(f"batch: {path} cannot be read ({type(e).__name__}); allowed: tensors, "
                                             "as torch.save writes them") from e
 
-# %% ../nbs/33a_checking.ipynb #e82817a5
+# %% ../nbs/33a_checking.ipynb #058f3bc5
 @dataclass
 class CheckVerb:
     "Say which features of a model are identical, zero, stuck or dead, and what parts those that are identical"
@@ -115,5 +116,8 @@ class CheckVerb:
         torch.manual_seed(self.seed)
         model = make_model(self.model, self.options)
         if batch is None:
-            batch = make_batch(self.input, self.batch_size, self.tokens, next(model.parameters()).dtype)
-        return check(model, batch, steps=self.steps, lr=self.lr)
+            dtype = next((p.dtype for p in model.parameters()), torch.float32)
+            batch = make_batch(self.input, self.batch_size, self.tokens, dtype)
+        try: return check(model, batch, steps=self.steps, lr=self.lr)
+        except ValueError: raise
+        except Exception as e: raise ValueError(f"model: does not run on this batch ({type(e).__name__}: {e})") from e

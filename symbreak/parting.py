@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RECTIFIERS', 'DROPOUTS', 'STRUCTURE', 'DROPOUT', 'ROUNDING', 'UNKNOWN', 'SHRUNK', 'taken_apart', 'own_loss',
            'outputs', 'default_loss', 'untouched', 'copied', 'Seen', 'look', 'Watch', 'Trial', 'attempt', 'gap', 'gaps',
-           'Trials', 'trials']
+           'Trials']
 
-# %% ../nbs/09_parting.ipynb #fea3d191
+# %% ../nbs/09_parting.ipynb #f9b2a678
 import copy
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Callable
 
 import numpy as np
@@ -27,7 +27,7 @@ from .diversity import effective_width
 from .layers import Layer, layers
 from .quotient import partition
 
-# %% ../nbs/09_parting.ipynb #5545d9e8
+# %% ../nbs/09_parting.ipynb #306f4264
 def taken_apart(batch: Any) -> tuple[tuple, dict, Any]: # positional arguments, named ones, target
     "What the model is called with, and what its output is compared with"
     if isinstance(batch, dict): return (), batch, None
@@ -63,7 +63,7 @@ def default_loss(output: Any, target: Any) -> tuple[Tensor, str]: # and in words
     if target.is_floating_point(): return F.mse_loss(found[0], target), "squared distance to the targets"
     return F.cross_entropy(found[0], target), "cross-entropy"
 
-# %% ../nbs/09_parting.ipynb #213a0ae2
+# %% ../nbs/09_parting.ipynb #37b1a985
 @contextmanager
 def untouched(model: nn.Module):
     "Gradients inside, and every source of random numbers afterwards as it was"
@@ -85,7 +85,7 @@ def copied(model: nn.Module, dtype: torch.dtype | None, quiet: bool) -> nn.Modul
         if quiet and isinstance(module, (nn.MultiheadAttention, nn.RNNBase)): module.dropout = 0.
     return clone if dtype is None else clone.to(dtype)
 
-# %% ../nbs/09_parting.ipynb #efb1e310
+# %% ../nbs/09_parting.ipynb #7a0bc4ce
 @dataclass
 class Seen:
     "What the calls of one module have shown of its features"
@@ -116,7 +116,7 @@ def look(output: Tensor, axis: int) -> Seen:
     return Seen(output, axis, partition(x), (x == x[:, :1]).all(1).cpu(), x[:, 0].clone().cpu(),
                 effective_width(output.detach(), axis))
 
-# %% ../nbs/09_parting.ipynb #297e85ef
+# %% ../nbs/09_parting.ipynb #c20708aa
 RECTIFIERS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_")
 DROPOUTS = ("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
             "feature_dropout")
@@ -136,7 +136,7 @@ def _drops(name: str, args: tuple, kwargs: dict) -> bool:
     training = _argument(args, kwargs, 2, "training", kwargs.get("train", True))
     return bool(training) and _argument(args, kwargs, 1, "p", 0.5) > 0
 
-# %% ../nbs/09_parting.ipynb #af9dd220
+# %% ../nbs/09_parting.ipynb #b8e332ba
 class Watch(TorchFunctionMode):
     "Looks at the outputs of layers and at who reads them, and leaves dropout out if it is to be quiet"
     def __init__(self, model: nn.Module, found: list[Layer], quiet: bool = False, looking: bool = True):
@@ -180,7 +180,7 @@ class Watch(TorchFunctionMode):
             seen.final, seen.output = any(seen.output is t for t in given), None
         for hook in self.hooks: hook.remove()
 
-# %% ../nbs/09_parting.ipynb #1ef7c07a
+# %% ../nbs/09_parting.ipynb #1a2db16c
 @dataclass
 class Trial:
     "What a copy of the model did in a few steps"
@@ -221,7 +221,7 @@ def _backward(model: nn.Module, batch: Any, loss: Callable | None, watch: Watch,
     trial.drops |= watch.drops
     if value.requires_grad: value.backward()
 
-# %% ../nbs/09_parting.ipynb #7c2de36c
+# %% ../nbs/09_parting.ipynb #0ad0e81f
 def attempt(model: nn.Module, batch: Any, loss: Callable | None, found: list[Layer], steps: int, lr: float,
             dtype: torch.dtype | None = None, quiet: bool = False) -> Trial:
     "Train a copy of the model for a few steps on one batch, plainly"
@@ -236,7 +236,7 @@ def attempt(model: nn.Module, batch: Any, loss: Callable | None, found: list[Lay
         trial.weights = {n: p.detach() for n, p in clone.named_parameters(remove_duplicate=False)}
     return trial
 
-# %% ../nbs/09_parting.ipynb #dbc276c3
+# %% ../nbs/09_parting.ipynb #5b38c300
 STRUCTURE, DROPOUT, ROUNDING, UNKNOWN = "structure", "dropout", "rounding", "unknown"
 SHRUNK = 1e-4  # what rounding does is smaller than this where numbers are twice as long, relative to what it was
 
@@ -255,14 +255,23 @@ def gaps(layer: Layer, group: Tensor, trial: Trial) -> list[float]:
     "`gap` of the first gradients, the last gradients, and the last weights"
     return [gap(layer, group, tensors) for tensors in (trial.first, trial.last, trial.weights)]
 
-@dataclass
 class Trials:
-    "A model's own trial, and those that tell what parts copies"
-    real: Trial  # as the model is
-    quiet: Trial  # without dropout
-    other: Trial | None  # the same at another precision; None: it does not run
-    longer: bool  # is the other precision the longer one?
-    why: str = ""  # there is no other
+    "A model's own trial, and those that tell what parts copies, which are made when they are asked for"
+    def __init__(self, model: nn.Module, batch: Any, loss: Callable | None, found: list[Layer], steps: int, lr: float):
+        self.attempt = partial(attempt, model, batch, loss, found, steps, lr)
+        self.longer = next(model.parameters()).dtype != torch.float64  # has the other precision more digits?
+        self.real, self.why = self.attempt(), ""
+
+    @cached_property
+    def quiet(self) -> Trial: # without dropout
+        return self.attempt(quiet=True) if self.real.drops else self.real
+
+    @cached_property
+    def other(self) -> Trial | None: # without dropout, at another precision; None if it does not run, and `why`
+        dtype = torch.float64 if self.longer else torch.float32
+        try: return self.attempt(dtype, quiet=True)
+        except (RuntimeError, TypeError, NotImplementedError) as e:
+            self.why = f"the model does not run in {str(dtype)[6:]} ({' '.join(str(e).split())[:100]})"
 
     def cause(self, layer: Layer, group: Tensor) -> str | None: # None: nothing parts them
         "What parts the copies of a layer"
@@ -274,15 +283,3 @@ class Trials:
         pairs = zip(quiet, other) if self.longer else zip(other, quiet)
         if any(short > 0 and long > short * SHRUNK for short, long in pairs): return STRUCTURE
         return DROPOUT if any(q < r / 10 for r, q in zip(real, quiet)) else ROUNDING
-
-# %% ../nbs/09_parting.ipynb #e094b387
-def trials(model: nn.Module, batch: Any, loss: Callable | None, found: list[Layer], steps: int, lr: float) -> Trials:
-    "All trials that it takes to tell what parts copies"
-    real = attempt(model, batch, loss, found, steps, lr)
-    quiet = attempt(model, batch, loss, found, steps, lr, quiet=True) if real.drops else real
-    longer = next(p for p in model.parameters()).dtype != torch.float64
-    dtype = torch.float64 if longer else torch.float32
-    try: return Trials(real, quiet, attempt(model, batch, loss, found, steps, lr, dtype, quiet=True), longer)
-    except (RuntimeError, TypeError, NotImplementedError) as e:
-        said = " ".join(str(e).split())[:100]
-        return Trials(real, quiet, None, longer, f"it does not run in {str(dtype)[6:]} ({said})")

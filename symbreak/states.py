@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'copies', 'alike', 'Facts', 'facts', 'state', 'structure', 'in_words', 'measures', 'row']
 
-# %% ../nbs/09_states.ipynb #c2149014
+# %% ../nbs/09_states.ipynb #8c9862de
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .layers import Layer
 from .parting import DROPOUT, ROUNDING, STRUCTURE, UNKNOWN, Seen, Trial, Trials, gap
 from .quotient import partition
 
-# %% ../nbs/09_states.ipynb #57954136
+# %% ../nbs/09_states.ipynb #f7672e51
 def copies(layer: Layer, values: dict[str, Tensor], seen: Seen | None, # what its module gave on the batch
 ) -> Tensor | None: # (features,) int64, equal for copies; None if it cannot be told
     "Groups of features that are copies of each other"
@@ -33,7 +33,7 @@ def alike(group: Tensor | None, seen: Seen | None) -> int:
     both = torch.stack([seen.group, group], 1)[~seen.constant].unique(dim=0)
     return len(both) - len(both[:, 0].unique())
 
-# %% ../nbs/09_states.ipynb #a0f86291
+# %% ../nbs/09_states.ipynb #2fb16459
 STATES = ("identical", "parted", "zero", "waiting", "stuck", "dead", "unused", "frozen", "unknown", "diverse")
 
 @dataclass
@@ -72,7 +72,7 @@ def state(f: Facts, cause: str | None, steps: int) -> str:
     if f.copied: return "identical" if cause is None else "parted"
     return "unknown" if f.group is None else "diverse"
 
-# %% ../nbs/09_states.ipynb #053fae74
+# %% ../nbs/09_states.ipynb #27a4adba
 def structure(layer: Layer, tried: Trials) -> str:
     "What it is in the model or in the data that parts copies"
     seen, inputs = tried.real.seen.get(layer.module), [tried.real.inputs.get(name, []) for name in layer.modules]
@@ -95,7 +95,7 @@ def in_words(cause: str | None, layer: Layer, tried: Trials) -> str | None:
     if cause == STRUCTURE: return structure(layer, tried)
     return {DROPOUT: "dropout", ROUNDING: "rounding noise", UNKNOWN: "not known", None: None}[cause]
 
-# %% ../nbs/09_states.ipynb #3d88b9fc
+# %% ../nbs/09_states.ipynb #ad9f057c
 def _count(group: Tensor | None) -> int | None: return None if group is None else len(group.unique())
 
 def _total(mask: Tensor | None) -> int | None: return None if mask is None else int(mask.sum())

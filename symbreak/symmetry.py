@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'sentences', 'Check', 'check']
 
-# %% ../nbs/09_symmetry.ipynb #a3bc47f9
+# %% ../nbs/09_symmetry.ipynb #3944e2d7
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from .init import choose
 from .layers import copied_modules, layers
-from .parting import Trials, trials
+from .parting import Trials
 from .states import STATES, row
 
-# %% ../nbs/09_symmetry.ipynb #8d0c4325
+# %% ../nbs/09_symmetry.ipynb #479ae929
 _SENTENCES = {
     "identical": "Identical, and nothing will part them: {names}. Equal weights get equal gradients, bit for bit"
                  "{after}.",
@@ -35,7 +35,7 @@ _SENTENCES = {
     "parted by rounding": "Identical, but parted by rounding noise on this machine: {names}. Exact arithmetic would "
                           "keep them equal; here their weights or gradients are up to {gap:.0e} of their size "
                           "apart{after}.",
-    "zero": "Zero but alive: {names}. The weights are zero, and their gradient is not{after}.",
+    "zero": "Zero but alive: {names}. The weights are zero, and their gradient is not.",
     "waiting zero": "Zero, and without a gradient yet: {names}. They are stuck, or wait for what is behind them: not "
                     "known; steps=20 tells.",
     "waiting": "Without a gradient yet: {names}. Something behind them is zero; steps=20 tells whether one comes.",
@@ -61,7 +61,7 @@ def _what(row: dict, steps: int) -> str: # key of `_SENTENCES`
     if silent and (row["still"] or not steps): return "identical silent" if steps else "identical waiting"
     return "identical" if steps else "identical now"
 
-# %% ../nbs/09_symmetry.ipynb #1d88419d
+# %% ../nbs/09_symmetry.ipynb #03d9acf3
 def _also(row: dict, steps: int) -> list[str]: # keys of `_SENTENCES`
     "What else is to be said of a layer"
     said = ["partly dead"] if row["dead"] and row["state"] != "dead" else []
@@ -97,7 +97,7 @@ def sentences(rows: list[dict], steps: int) -> list[str]:
             said.setdefault(place, []).append(r)
     return [_say(key, found, steps) for (_, key, _), found in sorted(said.items(), key=lambda item: item[0])]
 
-# %% ../nbs/09_symmetry.ipynb #4b126b35
+# %% ../nbs/09_symmetry.ipynb #9139afd4
 COLUMNS = ("layer", "kind", "state", "parted_by", "features", "distinct_weights", "distinct_activations",
            "distinct_gradients", "dead", "constant", "gradient_norm", "weight_correlation", "effective_width", "gap")
 _SHOWN = ("layer", "state", "features", "distinct_weights", "distinct_activations", "distinct_gradients", "dead")
@@ -138,7 +138,8 @@ class Check:
 def _frame(rows: list[dict]) -> "pandas.DataFrame":
     "Rows as a table with whole numbers that may be missing"
     import pandas as pd
-    return pd.DataFrame([{name: r[name] for name in COLUMNS} for r in rows], columns=COLUMNS).convert_dtypes()
+    table = pd.DataFrame([{name: r[name] for name in COLUMNS} for r in rows], columns=COLUMNS)
+    return table.astype(dict.fromkeys(COLUMNS[4:10], "Int64") | dict.fromkeys(COLUMNS[10:], float))
 
 def _shown(table: "pandas.DataFrame", most: int = 20) -> str:
     "The rows that matter most, as text"
@@ -148,7 +149,7 @@ def _shown(table: "pandas.DataFrame", most: int = 20) -> str:
     more = f"\n... and {len(table) - most} more rows in .table" if len(table) > most else ""
     return few.to_string(index=False) + more
 
-# %% ../nbs/09_symmetry.ipynb #7a0ac4fd
+# %% ../nbs/09_symmetry.ipynb #269bd544
 def _notes(model: nn.Module, tried: Trials) -> list[str]:
     "What limits the answer"
     noted, names = [], {}
@@ -159,9 +160,10 @@ def _notes(model: nn.Module, tried: Trials) -> list[str]:
     noted += [f"{' and '.join(shared)} are one parameter." for shared in names.values() if len(shared) > 1]
     often = [f"{name or 'the model'} ({seen.calls} times)" for name, seen in tried.real.seen.items() if seen.calls > 1]
     if often: noted.append(f"Called more than once, and judged by all calls together: {_listed(often)}.")
-    if tried.quiet.draws: noted.append("The model draws random numbers that are not those of dropout; check cannot "
-                                       "switch them off, so it cannot tell them from other causes.")
-    if tried.other is None: noted.append(f"Rounding cannot be told from other causes: {tried.why}.")
+    if "quiet" in vars(tried) and tried.quiet.draws:
+        noted.append("The model draws random numbers that are not those of dropout; check cannot switch them off, so "
+                     "it cannot tell them from other causes.")
+    if tried.why: noted.append(f"Rounding cannot be told from other causes: {tried.why}.")
     return noted
 
 def _sizes(batch: Any) -> str:
@@ -181,7 +183,7 @@ def _refuse(model: nn.Module, steps: int, lr: float) -> None:
     if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps: {steps!r}; allowed: a whole number >= 0")
     if not lr > 0: raise ValueError(f"lr: {lr!r}; allowed: > 0")
 
-# %% ../nbs/09_symmetry.ipynb #9071d393
+# %% ../nbs/09_symmetry.ipynb #555feb38
 def check(model: nn.Module, # any; not changed in any way
           batch: Any, # x, (x, target), or a dict of the model's arguments; x a tensor or a tuple of arguments
           loss: Callable | None = None, # (output, target) -> scalar, or output -> scalar; None: what fits the output
@@ -191,7 +193,7 @@ def check(model: nn.Module, # any; not changed in any way
     "Which features of a model are identical, zero, stuck or dead, and what will part those that are identical"
     _refuse(model, steps, lr)
     found, groups = layers(model), copied_modules(model)
-    tried = trials(model, batch, loss, found + groups, steps, lr)
+    tried = Trials(model, batch, loss, found + groups, steps, lr)
     if not all(map(math.isfinite, tried.real.losses)):
         first, *_, last = tried.real.losses * 2
         raise ValueError(f"batch: the loss goes from {first:.3g} to {last:.3g} in {steps} steps; allowed: a finite "

@@ -2,8 +2,10 @@
 import copy
 import json
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from symbreak.cache import import_torchvision
+from symbreak.cli import main
 from symbreak.nets import ConstNet, LeakyNet
 from symbreak.symmetry import COLUMNS, check
 
@@ -523,3 +526,76 @@ def test_pandas_is_imported_for_the_table_only():
             "print(*{'pandas', 'matplotlib'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# The verb, and the page that shows it
+
+
+def verb(capsys, *argv):
+    code = main(["check", *map(str, argv)])
+    return code, capsys.readouterr()
+
+
+@pytest.fixture
+def makers(tmp_path, monkeypatch):
+    """A module of the user's own in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_networks_for_check.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def copies(width=8):\n    net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))\n"
+        "    for p in net.parameters(): nn.init.constant_(p, 0.25)\n    return net\n"
+        "class Tokens(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)\n"
+        "    def forward(self, x): return self.head(self.table(x))\nready = nn.Linear(4, 3)\n")
+    return "my_networks_for_check"
+
+
+def test_verb_prints_text_or_json_and_fails_on_what_it_is_told_to(capsys, makers, tmp_path):
+    torch.save((exact(16, 4), exact(16, 2)), tmp_path / "batch.pt")
+    code, printed = verb(capsys, f"{makers}:copies", "--batch", "batch.pt", "--options", "width=6",
+                         "--fail-on", "identical,parted")
+    assert code == 1 and "(6 features, 1 distinct)" in printed.out and "symbreak: identical,parted: 0" in printed.err
+    code, printed = verb(capsys, f"{makers}:Tokens", "--input", "5", "--tokens", "9", "--steps", "2", "--json",
+                         "--fail-on", "identical,dead,stuck")
+    assert code == 0 and [row["state"] for row in json.loads(printed.out)["layers"]] == ["diverse", "diverse"]
+    code, printed = verb(capsys, f"{makers}:ready", "--input", "4", "--batch-size", "3")
+    assert code == 0 and "batch 3x4" in printed.out
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["nowhere:net", "--input", "3"], "model: 'nowhere:net' is not found"),
+    (["net", "--input", "3"], "allowed: MODULE:NAME"),
+    (["torch.nn:Identity"], "input, batch: allowed: one of them"),
+    (["torch.nn:Identity", "--input", "3"], "model: has no parameters"),
+    (["torch.nn:Linear", "--input", "3", "--fail-on", "bad"], "fail_on: 'bad'; allowed: identical"),
+    (["torch.nn:Linear", "--batch", "missing.pt"], "missing.pt"), (["torch.nn:Linear", "--input", "3"], "in_features"),
+    (["torch.nn:GRUCell", "--input", "3", "--options", "input_size=4", "hidden_size=2"], "model: does not run"),
+    (["symbreak.nets:ConstNet", "--input", "4x8x8"], "allowed: (n, 3, height, width)")], ids=str)
+def test_what_cannot_be_checked_is_said_in_one_line(capsys, argv, says):
+    code, printed = verb(capsys, *argv)
+    assert code == 2 and says in printed.err and len(printed.err.strip().splitlines()) == 1
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "howto" / "check.md").read_text()
+
+
+def findings(text): return [re.sub(r"[\d.]+", "#", line) for line in text.splitlines() if line.startswith("- ")]
+
+
+def shown(kind):
+    """The commands of the page in a language, each with the findings that the page shows below it."""
+    return [(code, findings(output)) for code, output in
+            re.findall(rf"```{kind}\n([^`]*)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)]
+
+
+@pytest.mark.parametrize("command, expected", shown("sh"))
+def test_the_page_shows_what_the_command_finds(capsys, command, expected):
+    """On small images and with fewer steps, which find the same."""
+    small = command.replace("3x224x224", "3x32x32").replace("--steps 20", "--steps 1").split()[2:]
+    assert expected and findings(verb(capsys, *small, "--batch-size", 4)[1].out) == expected
+
+
+def test_the_page_shows_what_its_python_finds(capsys):
+    (code, expected), = shown("python")
+    exec(code, {})
+    assert expected and findings(capsys.readouterr().out) == expected
