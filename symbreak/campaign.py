@@ -267,7 +267,8 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
 ) -> dict[str, DataFrame]: # figure -> its tidy data, as `reproduce` returns it
     "Train and measure what is missing, draw every figure that is complete; the same call goes on"
     if workers is not None and workers < 1: raise ValueError(f"workers: {workers}; allowed: at least 1")
-    if budget_min is not None and budget_min < 0: raise ValueError(f"budget_min: {budget_min}; allowed: at least 0")
+    if budget_min is not None and not budget_min >= 0:
+        raise ValueError(f"budget_min: {budget_min}; allowed: at least 0")
     requests = {name: Request(name, profile, device, data) for name in tuple(names) or offered(profile)}
     notebooks = {name: find_notebook(name) for name in requests}
     with _environment("SYMBREAK_RUNS", str(Path(runs or default_store().root).absolute())):

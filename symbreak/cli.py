@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'VERBS', 'HELP', 'judged', 'print_claims', 'Reproduce', 'Report', 'List', 'train_verb', 'epoch_bar',
-           'reporter', 'train_one', 'check_verb', 'in_one_line', 'parse', 'main', 'guarded']
+           'reporter', 'train_one', 'check_verb', 'in_one_line', 'parse', 'main', 'carry_out', 'guarded']
 
 # %% ../nbs/34_cli.ipynb #148f1ad1
 import io
@@ -170,10 +170,12 @@ def epoch_bar(epochs: int) -> "rich.progress.Progress":
     return bar
 
 def reporter(bar, epochs: int, every_s: float = 20.) -> Callable[[int, dict], None]:
-    "What `train` calls after each epoch"
-    printed = time.monotonic()
+    "What `train` calls after each epoch, and first with the epoch after which a run goes on"
+    printed, begun = time.monotonic(), False
     def report(epoch, row):
-        nonlocal printed
+        nonlocal printed, begun
+        if epoch and not begun: bar.console.print(f"going on after epoch {epoch} of {epochs}", highlight=False)
+        begun = True
         measured = row.get("test_accuracy")
         accuracy = "training" if measured is None else f"test accuracy {100 * measured:.1f} %"
         bar.update(bar.task_ids[0], completed=epoch, description=accuracy)
@@ -260,16 +262,25 @@ def main(argv: list[str] | None = None) -> int: # exit code
         from symbreak import __version__
         print(__version__)
         return 0
-    return guarded(lambda: parse(argv[0], argv[1:])())
+    return guarded(lambda: carry_out(parse(argv[0], argv[1:])))
+
+def carry_out(verb: Callable[[], int]) -> int: # exit code
+    "Do what a verb does; SIGTERM interrupts it as Ctrl-C does"
+    from symbreak.journal import terminable
+    with terminable(): return verb()
 
 def guarded(do: Callable[[], int]) -> int: # exit code
     "Do it, and say in one line what went wrong"
     try: return do()
     except BrokenPipeError: return 0  # the reader of our output has seen enough
-    except KeyboardInterrupt:
-        print("symbreak: interrupted; the same command goes on where it was", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        where = str(e) or "after the last whole epoch"
+        print(f"symbreak: interrupted; the same command goes on {where}", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("SYMBREAK_DEBUG"): raise
         print(f"symbreak: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
+
+# %% ../nbs/34_cli.ipynb #254b60fa
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

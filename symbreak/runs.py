@@ -10,9 +10,11 @@ __all__ = ['own_checkout', 'home', 'Store', 'copy_small', 'default_store', 'Budg
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,16 +112,17 @@ def default_store() -> Store:
 @dataclass(frozen=True)
 class Budget:
     "The moment after which runs pause"
-    deadline: float | None = None # by time.time(); None: never
+    deadline: float | None = None # by time.monotonic(), which all processes share; None: never
 
     @classmethod
     def of(cls, seconds: float | None) -> "Budget":
         "A budget that begins now"
-        return cls(None if seconds is None else time.time() + seconds)
+        if seconds is not None and not seconds >= 0: raise ValueError(f"budget_s: {seconds}; allowed: at least 0")
+        return cls(None if seconds is None else time.monotonic() + seconds)
 
     def spent(self) -> bool:
         "Is it time to pause?"
-        return self.deadline is not None and time.time() >= self.deadline
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
 # %% ../nbs/14_runs.ipynb #4589e461
 def _train_here(configs: list[Config], store: Store, budget: Budget, tick: Callable | None) -> None:
@@ -144,7 +147,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 def _start_worker(isa: str) -> None:
-    "The instruction set that the runs ask for, and an end with the parent"
+    "The instruction set that the runs ask for, an end with the parent, and no ear for Ctrl-C"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = isa
 
@@ -173,6 +177,14 @@ def _fits(config: Config, at_work: Iterable[Config], workers: int) -> bool:
     taken = sum(c.cores for c in at_work)
     return taken == 0 or taken + config.cores <= workers
 
+def _check(future: Future, at_work: dict[Future, Config]) -> None:
+    "Raise the error of a run that has failed, with words for a worker that vanished"
+    try: future.result()
+    except BrokenProcessPool:
+        runs = " | ".join(c.label for c in at_work.values() if c.onednn_isa == at_work[future].onednn_isa)
+        raise RuntimeError(f"workers: a process that trained one of these was killed (out of memory?): {runs}; the "
+                           "same command goes on, with fewer workers if memory is short") from None
+
 def _train_in_parallel(configs: list[Config], store: Store, workers: int, budget: Budget,
                        tick: Callable | None) -> None:
     "Runs in processes of their own; the first error stops the rest"
@@ -184,7 +196,7 @@ def _train_in_parallel(configs: list[Config], store: Store, workers: int, budget
                 at_work[pools[config.onednn_isa].submit(_train_in_worker, store, config, budget)] = config
             done, _ = wait(at_work, timeout=1., return_when=FIRST_COMPLETED)
             for future in done:
-                future.result()
+                _check(future, at_work)
                 del at_work[future]
             if tick: tick()
 

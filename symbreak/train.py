@@ -11,6 +11,7 @@ __all__ = ['STREAMS', 'PROBE_IMAGES', 'build', 'seed_of', 'first_network', 'load
 import math
 import time
 from contextlib import nullcontext
+from copy import copy, deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Callable
@@ -25,7 +26,7 @@ from .data import Dataset, Loader
 from .diversity import layer_asymmetry, measure
 from .growth import copies_hooks, part_copies
 from .images import checked, images, seen
-from .journal import Journal, resume, save_checkpoint
+from .journal import Journal, interruptible, resume, save_checkpoint
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
 from .numerics import cpu_threads, numerics
 from .provenance import provenance, weights_digest
@@ -180,10 +181,10 @@ def evaluate(trainer: Trainer) -> dict: # what a row of metrics holds beside the
 _COUNTED = ("epoch", "step", "steps", "digests", "layers", "blocks")
 
 def trainer_state(trainer: Trainer) -> dict:
-    "All that the rest of a run depends on"
+    "A copy of all that the rest of a run depends on"
     on_gpu = trainer.device.type == "cuda"
-    return dict({name: getattr(trainer, name) for name in _COUNTED},
-                model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(),
+    return dict({name: copy(getattr(trainer, name)) for name in _COUNTED},
+                model=deepcopy(trainer.model.state_dict()), optimizer=deepcopy(trainer.optimizer.state_dict()),
                 loader=trainer.train_data.state_dict(), noise=trainer.noise.get_state(),
                 torch_rng=torch.get_rng_state(),
                 cuda_rng=torch.cuda.get_rng_state(trainer.device) if on_gpu else None)
@@ -218,9 +219,10 @@ def run_epochs(trainer: Trainer, journal: Journal, stop: Callable | None, checkp
         if not math.isfinite(row["train_loss"]): status = "diverged"
         elif trainer.epoch >= config.epochs: status = "finished"
         elif stop is not None and stop(): status = "paused"
-        if status == "paused" or time.perf_counter() > due_at:
+        if status in ("running", "paused") and journal.files: journal.remember(trainer_state(trainer))
+        if status == "paused" or trainer.epoch == 1 or time.perf_counter() > due_at:
             began = time.perf_counter()
-            save_checkpoint(journal, trainer_state(trainer))
+            save_checkpoint(journal)
             saved = time.perf_counter()
             due_at = saved + max(checkpoint_every_s, 20 * (saved - began))  # at most a twentieth of the time
     return status
@@ -245,7 +247,7 @@ def _finished(folder: Path | None, config: Config, data: Dataset | None) -> Run 
 
 def train(config: Config, # what to train
           folder: Path | str | None = None, # where the run lives; None: nothing is written
-          report: Callable | None = None, # called as report(epoch, row) after each epoch
+          report: Callable | None = None, # called as report(epoch, row) after each epoch, and where a run goes on
           stop: Callable | None = None, # called as stop() after each epoch; true: checkpoint, return "paused"
           checkpoint_every_s: float = 15., # seconds between checkpoints, more where saving takes long
           data: Dataset | None = None, # loaded already, to share it between runs; None: load config.data
@@ -264,4 +266,5 @@ def train(config: Config, # what to train
                                    switches=switches, **provenance(device) | dict(threads=config.threads)),
                               folder, report)
             if state := resume(journal): restore(trainer, state)
-            return finish(trainer, journal, run_epochs(trainer, journal, stop, checkpoint_every_s))
+            with interruptible(journal, config.epochs): status = run_epochs(trainer, journal, stop, checkpoint_every_s)
+            return finish(trainer, journal, status)

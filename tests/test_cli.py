@@ -38,12 +38,19 @@ def test_help_is_fast():
     assert time.perf_counter() - start < 3
 
 
+@pytest.mark.parametrize("module", ["symbreak", "symbreak.cli"])
+def test_python_runs_the_package_as_the_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "frobnicate"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("symbreak: error: verb: 'frobnicate'; allowed: reproduce")
+
+
 @pytest.mark.parametrize("argv, named", [
     (["frobnicate"], "verb: 'frobnicate'; allowed: reproduce"),
     (["reproduce", "fig99"], "experiment: 'fig99'; allowed: fig01"),
     (["reproduce", "--profile", "huge"], "profile: 'huge'; allowed: quick, cifar, full, paper, sprint"),
     (["reproduce", "--device", "tpu"], "device: 'tpu'; allowed: auto, cpu, cuda"),
     (["reproduce", "--workers", "0"], "workers: 0; allowed: at least 1"),
+    (["reproduce", "--budget-min", "nan"], "budget_min: nan; allowed: at least 0"),
     (["train", "--data", "imagenet"], "'imagenet'; allowed: digits"),
     (["train", "--init", "hee"], "init: 'hee'; allowed: identical, he"),
     (["train", "--depth", "8"], "depth: 8; allowed: 3n + 4"),

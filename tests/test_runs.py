@@ -1,5 +1,6 @@
 """What needs several processes: two at once, one that is killed, a budget."""
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.experiments import Request
-from symbreak.records import Run, RunFiles, check_files, read_lines, read_record, read_sealed
+from symbreak.records import Run, RunFiles, check_files, read_checkpoint, read_lines, read_record, read_sealed
 from symbreak.runs import Store, default_store, execute, home, own_checkout
 from symbreak.train import train
 
@@ -73,6 +74,46 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     straight = train(config)
     assert resumed.metrics == straight.metrics
     assert resumed.record["digests"] == straight.record["digests"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_the_last_whole_epoch_and_says_so(tmp_path, number):
+    config, files = replace(TINY, epochs=10_000), RunFiles(tmp_path / "run")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in config.changed.items()]
+    command = [sys.executable, "-m", "symbreak", "train", f"--folder={tmp_path / 'run'}", *options]
+    said = []
+    for lines in (4, 7):  # by then a checkpoint holds the first epoch, no more
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+            while len(read_lines(files.metrics)) < lines and process.poll() is None: time.sleep(0.01)
+            process.send_signal(number)
+            said.append(process.communicate(timeout=60)[1])
+        assert process.returncode == 130
+    first, second = (int(re.search(r"interrupted; the same command goes on after epoch (\d+) of 10000", text)[1])
+                     for text in said)
+    assert first >= 2 and f"going on after epoch {first} of 10000" in said[1] and second >= 5
+    assert read_checkpoint(files.checkpoint)["epoch"] == second
+    assert [row["epoch"] for row in read_lines(files.metrics)][:second + 1] == list(range(second + 1))
+
+
+def test_workers_save_what_they_have_when_the_parent_is_interrupted(tmp_path):
+    config = replace(TINY, epochs=100_000)
+    files = RunFiles(Store(tmp_path).folder(config))
+    with start(tmp_path, config) as process:
+        while len(read_lines(files.metrics)) < 5 and process.poll() is None: time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert said.strip().endswith("KeyboardInterrupt") and "Process Spawn" not in said
+    assert read_checkpoint(files.checkpoint)["epoch"] >= 4
+
+
+def test_a_worker_that_is_killed_is_named_with_its_run(tmp_path):
+    config, killed = replace(TINY, epochs=100_000), []
+
+    def tick():
+        if killed or not RunFiles(Store(tmp_path).folder(config)).metrics.exists(): return
+        killed.extend(child.kill() or child for child in multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="killed .out of memory.*epochs=100000.*fewer workers"):
+        execute([config], Store(tmp_path), tick=tick)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
