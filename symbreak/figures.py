@@ -36,6 +36,11 @@ class FigureFiles:
         "The notebook while it executes, or where it failed"
         return Path(self.folder)/f".half-{self.name}.ipynb"
 
+    @property
+    def lock(self) -> Path:
+        "Held by the process that draws it"
+        return Path(self.folder)/f".half-{self.name}.lock"
+
     def is_whole(self) -> bool:
         "Whether everything that a figure needs is there"
         return all(self.path(kind).exists() for kind in ("ipynb", "png", "csv", "json"))

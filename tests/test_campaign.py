@@ -1,4 +1,9 @@
 """A campaign from Python: figures are drawn as soon as they can be, failures end it, and a budget is kept."""
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,6 +71,33 @@ def test_nothing_is_measured_or_trained_when_the_budget_is_spent(tmp_path, monke
     figures.measured = True  # by an earlier call
     figures.run("m", deadline=time.monotonic())
     assert figures.made == ["a", "m"]
+
+
+def reproduce(folder, **where):
+    command = [sys.executable, "-m", "symbreak", "reproduce", "fig02", "--runs", folder / "runs", "--out", folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            **where)
+
+
+def test_two_commands_draw_a_figure_once_wherever_they_stand(tmp_path):
+    both = [reproduce(tmp_path, cwd=tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("fig02: executing" in text for text in said) == 1 and sum("up to date" in text for text in said) == 1
+    assert {path.name for path in (tmp_path / "quick").glob("*.*")} >= {"fig02.png", "fig02.ipynb", "fig02.csv"}
+    assert not list(tmp_path.rglob("*-ipc-*")) and not list(tmp_path.rglob("kernel*"))
+
+
+def test_an_interrupt_ends_a_notebook_and_leaves_nothing(tmp_path):
+    with tempfile.TemporaryDirectory() as short:
+        process = reproduce(tmp_path, env={**os.environ, "TMPDIR": short})
+        while not list(Path(short).glob("*/kernel*")) and process.poll() is None: time.sleep(0.1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "interrupted; the same command goes on" in said and "Trace" not in said
+        assert time.monotonic() - began < 20 and not list(Path(short).glob("symbreak-*"))
+    assert [path.name for path in (tmp_path / "quick").iterdir()] == [".half-fig02.lock"]
 
 
 def test_run_pauses_and_leaves_the_environment_alone(tmp_path, monkeypatch):

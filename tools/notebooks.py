@@ -15,12 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import isclose
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb, nbdev_clean
-from traitlets.config import Config
+
+from symbreak.kernels import kernel_settings
 
 DECIMAL = re.compile(r"[-+]?\d+(?:\.\d*(?:e[-+]?\d+)?|e[-+]?\d+)")
 DIRECTIVE = re.compile(r"^#\|\s*(slow|cuda|eval:\s*false)\b", re.MULTILINE)
@@ -32,11 +32,9 @@ def execute(path: Path) -> nbformat.NotebookNode:
     asked = nbformat.from_dict(notebook)
     for cell in asked.cells:  # what nbdev would not run either
         if DIRECTIVE.search(cell.source): cell.metadata["tags"] = ["skip-execution"]
-    with TemporaryDirectory() as sockets:  # no ports, about which kernels warn; a folder each, so that none meet
-        config = Config(KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"})
-        client = NotebookClient(asked, kernel_name="python3", coalesce_streams=True, record_timing=False, config=config,
-                                shutdown_kernel="immediate",  # no interrupt first, which kernels report as an error
-                                resources={"metadata": {"path": str(path.parent)}})
+    with kernel_settings() as settings:
+        client = NotebookClient(asked, kernel_name="python3", coalesce_streams=True, record_timing=False,
+                                config=settings, resources={"metadata": {"path": str(path.parent)}})
         done = client.execute()
     for cell, executed in zip(notebook.cells, done.cells):
         if cell.cell_type == "code": cell.outputs = executed.outputs
