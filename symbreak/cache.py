@@ -19,8 +19,9 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
+
+from .files import locked, user_path
 
 # %% ../nbs/10_cache.ipynb #aebbfa12
 class DataError(OSError):
@@ -33,8 +34,8 @@ class AbsentError(DataError):
 def cache_dir(cache: str | Path | None = None, # a folder; None: $SYMBREAK_CACHE, else ~/.cache/symbreak
 ) -> Path:
     "Where decoded and downloaded data are kept"
-    return Path(cache or os.environ.get("SYMBREAK_CACHE")
-                or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "symbreak").expanduser()
+    return user_path(cache or os.environ.get("SYMBREAK_CACHE")
+                     or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "symbreak", "SYMBREAK_CACHE")
 
 # %% ../nbs/10_cache.ipynb #fc9dd575
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -88,7 +89,7 @@ def cached(path: Path, # the file; its folder is made if there is none
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    with FileLock(lock):
+    with locked(lock, f"the images in {path}"):
         if (content := _read(path, key)) is None:  # else another process was faster
             content = build()
             _store(path, key, content)

@@ -22,7 +22,7 @@ from pathlib import Path
 from pandas import DataFrame
 
 from .experiments import Request, offered, plan
-from .files import locked
+from .files import locked, user_path
 from .figures import FigureFiles, figure_files, find_notebook
 from .measurements import source_digest
 from .plans import Planned
@@ -263,9 +263,12 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
         raise ValueError(f"budget_min: {budget_min}; allowed: at least 0")
     requests = {name: Request(name, profile, device, data) for name in tuple(names) or offered(profile)}
     notebooks = {name: find_notebook(name) for name in requests}
-    with _environment("SYMBREAK_RUNS", str(Path(runs or default_store().root).absolute())):
+    user_path("~", "HOME")  # Jupyter does not start without one
+    root = default_store().root if runs is None else user_path(runs, "runs")
+    with _environment("SYMBREAK_RUNS", str(root.absolute())):
         deadline = None if budget_min is None else time.monotonic() + 60 * budget_min
-        campaign = Campaign(requests, default_store(), None if out is None else Path(out), workers, deadline)
+        out = None if out is None else user_path(out, "out")
+        campaign = Campaign(requests, default_store(), out, workers, deadline)
         check_writable(Path(campaign.store.root), "--runs")
         check_writable(campaign.files(next(iter(requests))).folder, "--out")
         return carry_out(campaign, notebooks)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .cache import (TENSORS, AbsentError, DataError, cache_dir, find_folder, folder_images, folder_state,
                             tensors_digest, torchvision_images)
+from .files import user_path
 
 # %% ../nbs/10_data.ipynb #e2f17343
 def reflect_pad(x: Tensor, # (..., height, width), any dtype
@@ -251,7 +252,7 @@ def load(source: str = "digits", # "digits", "mnist", "cifar10", "cifar100" or "
     kind, _, path = source.partition(":")
     if source == "digits": data = _digits()
     elif source in _TORCHVISION: data = _torchvision(source, cache_dir(cache), mirror, progress)
-    elif kind == "folder" and path: data = _folder(Path(path).expanduser(), cache_dir(cache), progress)
+    elif kind == "folder" and path: data = _folder(user_path(path, "data"), cache_dir(cache), progress)
     else: raise ValueError(f"source: unknown {source!r}; allowed: {', '.join(SOURCES)}")
     return data.subset(train_size, test_size).to(device)
 

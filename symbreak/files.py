@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'user_path', 'locked', 'temporary_folder']
 
-# %% ../nbs/10_files.ipynb #65022034
+# %% ../nbs/10_files.ipynb #149119b2
 import os
 import platform
 import shutil
@@ -17,15 +17,18 @@ from typing import Iterator
 
 from filelock import FileLock, Timeout
 
-# %% ../nbs/10_files.ipynb #44593631
-def user_path(path: Path | str) -> Path:
+# %% ../nbs/10_files.ipynb #88e9f341
+def user_path(path: Path | str,
+              option: str, # which chooses it, for errors
+) -> Path:
     "A path as people write it, with `~` for a home; raises `ValueError`"
-    if not str(path): raise ValueError("path: ''; allowed: the name of a folder, such as '.' for this one")
+    if not str(path): raise ValueError(f"{option}: ''; allowed: the name of a folder, such as '.' for this one")
     try: return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"path: {str(path)!r}, but no such home is known; set HOME, or write it without ~") from None
+        raise ValueError(f"{option}: {str(path)!r}, but no such home is known; set HOME, or choose a path without "
+                         "~") from None
 
-# %% ../nbs/10_files.ipynb #652e0d8b
+# %% ../nbs/10_files.ipynb #de81a7ca
 @contextmanager
 def locked(path: Path, # the lock file, in a folder that exists
            what: str, # what it guards, in words
@@ -44,7 +47,7 @@ def locked(path: Path, # the lock file, in a folder that exists
         yield
     finally: lock.release()
 
-# %% ../nbs/10_files.ipynb #49fd34a4
+# %% ../nbs/10_files.ipynb #66deaa00
 PREFIX = "symbreak-"
 
 def _sweep(folder: Path) -> None:

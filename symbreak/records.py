@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from .config import Config
+from .files import locked
 
 # %% ../nbs/12_records.ipynb #3ed6b085
 @contextmanager
@@ -155,7 +155,7 @@ def held(folder: Path | None, # None: nothing to hold
         return
     files = RunFiles(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(files.lock):
+    with locked(files.lock, f"the run in {folder}"):
         check_folder(folder, config)
         if not files.config.exists(): write_json(files.config, asdict(config))
         yield

@@ -23,6 +23,7 @@ from typing import Callable, Iterable, Iterator
 import symbreak
 from .config import Config, resolve_device
 from .data import Dataset
+from .files import user_path
 from .images import checked
 from .records import Run, RunFiles, is_finished, read_lines, read_record, with_digests, write_json
 from .train import train
@@ -106,7 +107,7 @@ def default_store() -> Store:
     "Runs under $SYMBREAK_RUNS or `runs/`, with the committed `results/*` of the checkout as archives"
     results = home()/"results"
     archives = sorted(p for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
-    return Store(Path(os.environ.get("SYMBREAK_RUNS") or home()/"runs"), tuple(archives))
+    return Store(user_path(os.environ.get("SYMBREAK_RUNS") or home()/"runs", "SYMBREAK_RUNS"), tuple(archives))
 
 # %% ../nbs/14_runs.ipynb #12b23af1
 @dataclass(frozen=True)

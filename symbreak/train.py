@@ -24,6 +24,7 @@ from .breaking import hooks
 from .config import Config, learning_rate, usable_device
 from .data import Dataset, Loader
 from .diversity import layer_asymmetry, measure
+from .files import user_path
 from .growth import copies_hooks, part_copies
 from .images import checked, images, seen
 from .journal import Journal, interruptible, resume, save_checkpoint
@@ -253,7 +254,7 @@ def train(config: Config, # what to train
           data: Dataset | None = None, # loaded already, to share it between runs; None: load config.data
 ) -> Run: # with history and record, and with the trained model unless the folder's run was finished already
     "Train one network; in a folder, go on where an earlier call stopped"
-    device, folder = usable_device(config), None if folder is None else Path(folder)
+    device, folder = usable_device(config), None if folder is None else user_path(folder, "folder")
     if run := _finished(folder, config, data): return run
     if data is None: data = images(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \

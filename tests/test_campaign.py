@@ -111,7 +111,7 @@ def test_the_command_is_the_same_call(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(campaign, "run", lambda *args: asked.append(args) or {"fig01": _flat()})
     assert cli.main(["reproduce", "fig01", "--out", str(tmp_path), "--budget-min", "5"]) == 0
-    assert asked == [(("fig01",), "quick", "auto", None, None, Path(tmp_path), None, 5.)]
+    assert asked == [(("fig01",), "quick", "auto", None, None, str(tmp_path), None, 5.)]
 
 
 def _flat():

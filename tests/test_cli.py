@@ -77,6 +77,38 @@ def test_folder_that_cannot_be_written(capsys, tmp_path):
     assert "cannot write to" in error and "--runs" in error
 
 
+@pytest.mark.parametrize("argv, option", [
+    (["reproduce", "fig11", "--runs", ""], "runs"), (["reproduce", "fig11", "--out", ""], "out"),
+    (["train", "--folder", ""], "folder"), (["report", "--out", ""], "out"), (["report", "--figures", ""], "figures")])
+def test_the_empty_path_is_not_the_working_directory(capsys, tmp_path, monkeypatch, argv, option):
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
+    assert f"{option}: ''; allowed: the name of a folder" in fails(capsys, *argv)
+
+
+def test_a_tilde_is_home_wherever_a_path_may_stand(capsys, tmp_path, monkeypatch):
+    (tmp_path / "home" / "images").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "train", *SMALL, "--folder=~/run")
+    run(capsys, "reproduce", "fig04", "--budget-min=0", "--runs=~/runs", "--out=~/figures")
+    monkeypatch.setenv("SYMBREAK_RUNS", "~/more")
+    run(capsys, "train", *SMALL)
+    assert str(tmp_path / "home" / "images") in fails(capsys, "train", "--data=folder:~/images", "--folder=~/run2")
+    assert {path.name for path in (tmp_path / "home").iterdir()} >= {"run", "runs", "figures", "more"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_without_a_home_the_way_out_is_named(capsys, tmp_path, monkeypatch):
+    def homeless(self):
+        if str(self).startswith("~"): raise RuntimeError("Could not determine home directory.")
+        return self
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    for name in ("SYMBREAK_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(name, raising=False)
+    assert "HOME: '~', but no such home is known; set HOME" in fails(capsys, "reproduce", "fig02", "--out", tmp_path)
+    assert "SYMBREAK_CACHE: '~/.cache/symbreak', but no" in fails(capsys, "train", "--data=folder:x")
+    assert run(capsys, "train", *SMALL, "--folder", tmp_path / "run")[0] == 0
+
+
 def test_full_disk(capsys, tmp_path, monkeypatch):
     def full(self, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(Path, "write_bytes", full)

@@ -17,6 +17,7 @@ from PIL import Image
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.experiments import Request
+from symbreak.files import locked
 from symbreak.records import Run, RunFiles, check_files, read_checkpoint, read_lines, read_record, read_sealed
 from symbreak.runs import Store, default_store, execute, home, own_checkout
 from symbreak.train import train
@@ -93,6 +94,18 @@ def test_an_interrupt_saves_the_last_whole_epoch_and_says_so(tmp_path, number):
     assert first >= 2 and f"going on after epoch {first} of 10000" in said[1] and second >= 5
     assert read_checkpoint(files.checkpoint)["epoch"] == second
     assert [row["epoch"] for row in read_lines(files.metrics)][:second + 1] == list(range(second + 1))
+
+
+def test_who_waits_for_a_run_says_so(tmp_path):
+    store = Store(tmp_path)
+    folder = store.folder(TINY)
+    folder.mkdir()
+    with locked(RunFiles(folder).lock, "this test"):
+        process = start(tmp_path, TINY)
+        assert process.stderr.readline().startswith(f"waiting for the run in {folder}: process {os.getpid()} on ")
+        assert store.find(TINY) is None
+    process.communicate(timeout=60)
+    assert store.find(TINY)
 
 
 def test_workers_save_what_they_have_when_the_parent_is_interrupted(tmp_path):
