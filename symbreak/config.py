@@ -110,7 +110,7 @@ class Config(Settings):
     width: int = 2
     "k: stages have 16k, 32k, 64k channels; hidden units of UniqueFeatureMLP"
     init: str = "identical"
-    "ConstNet: identical or he; LeakyNet: a string such as 1_iiii_11ii_iiii"
+    "identical; he (ConstNet); a string such as 1_iiii_11ii_iiii (LeakyNet)"
     skip: Literal["linear", "rectified"] = "linear"
     "what ConstNet's 1x1 skips see: BN(x), or ReLU(BN(x)) as released"
     slope: float = 0.01

@@ -106,13 +106,13 @@ def choose(name: str, # of the argument
 # %% ../nbs/01_init.ipynb #f4a0c8de
 LETTERS = {"i": "identity", "1": "averaging", "h": "random"}
 
-def parse_init(init: str, # such as "1_iiii_11ii_iiii": one letter for the stem, one per block
+def parse_init(init: str, # such as "1_iiii_11ii_iiii": one letter for the stem, one per block; or "identical"
                num_blocks: int = 12, # blocks that follow the stem
 ) -> str: # the 1 + num_blocks letters, without decoration
     "Letters of a LeakyNet init string, checked"
-    letters = str(init).replace("_", "")
+    letters = "1" + "i" * num_blocks if init == "identical" else str(init).replace("_", "")
     if wrong := sorted(set(letters) - set(LETTERS)):
-        raise ValueError(f"init: unknown letter {wrong[0]!r} in {init!r}; allowed: "
+        raise ValueError(f"init: unknown letter {wrong[0]!r} in {init!r}; allowed: identical, or "
                          + ", ".join(f"{k} ({v})" for k, v in LETTERS.items()))
     if len(letters) != 1 + num_blocks:
         raise ValueError(f"init: {init!r} has {len(letters)} letters; allowed: {1 + num_blocks}, "

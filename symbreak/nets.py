@@ -154,7 +154,7 @@ def _fill_by_letter(conv: nn.Conv2d, letter: str, factor: float, slope: float) -
 class LeakyNet(_Staged):
     "The paper's network without skips, linear at init because pairs of leaky ReLUs cancel"
     def __init__(self,
-        init: str = "1_iiii_iiii_iiii", # a letter for the stem and each block: i identity, 1 averaging, h random
+        init: str = "1_iiii_iiii_iiii", # for the stem and each block: i identity, 1 averaging, h random; or "identical"
         depth: int = 16, # 3n + 4 with n blocks per stage
         width: int = 10, # k: stages have 16k, 32k, 64k channels
         num_classes: int = 10, # outputs of the head

@@ -56,6 +56,7 @@ def test_python_runs_the_package_as_the_command(module):
     (["train", "--depth", "8"], "depth: 8; allowed: 3n + 4"),
     (["train", "--data", "folder:/nowhere/at/all"], "/nowhere/at/all"),
     (["train", "--wdth", "1"], "Unrecognized options: --wdth, 1; perhaps you meant --width; see symbreak train --help"),
+    (["train", "--net", "LeakyNet", "--init", "he"], "unknown letter 'e' in 'he'; allowed: identical, or i (identity)"),
     (["train", "--width", "two"], "--width: invalid literal for int() with base 10: 'two'"),
     (["train", "--skip", "no"], "invalid choice 'no' for argument '--skip'. Expected one of ('linear', 'rectified')"),
     (["reproduce", "--workers", "many"], "--workers: no type matching {None}|INT could be instantiated from ['many']"),
@@ -143,6 +144,13 @@ def test_config_file_that_is_not_json(capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{")
     assert "cannot be read" in fails(capsys, "train", *SMALL, "--folder", tmp_path / "run")
+
+
+@pytest.mark.parametrize("net", ["ConstNet", "LeakyNet", "UniqueFeatureMLP"])
+def test_every_network_trains_by_its_name_alone(capsys, tmp_path, net):
+    code, printed = run(capsys, "train", "--net", net, "--epochs=1", "--train-size=100", "--folder", tmp_path / "run")
+    assert code == 0 and "asymmetry            0\n" in printed.out and "distinct_features    1\n" in printed.out
+    assert "Nothing broke the symmetry" in printed.out and "--dropout" in printed.out
 
 
 def test_train_and_again(capsys, tmp_path):
