@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import locked, user_path
+from .files import advice, locked, refusal, user_path
 
 # %% ../nbs/10_cache.ipynb #aebbfa12
 class DataError(OSError):
@@ -65,8 +65,10 @@ def _read(path, key):
 def _writing(folder):
     "Turns what the file system refuses into advice"
     try: yield
-    except OSError as e:
-        raise DataError(f"{folder}: cannot write the cache ({e}); choose another with cache= or SYMBREAK_CACHE") from e
+    except (OSError, RuntimeError) as e:
+        if (refused := refusal(e)) is None: raise
+        raise DataError(f"{folder}: cannot write the cache ({refused}); {advice(refused)} with cache= or "
+                        "SYMBREAK_CACHE") from e
 
 def _store(path, key, content):
     "Write a cache file under another name, then rename it"
@@ -177,8 +179,10 @@ _RULES = "2: orientation applied, no transparency"  # how `_image` reads; anothe
 
 def _fingerprint(files):
     "sha256 of relative path, size, times of the last changes and number of every file"
-    stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-             for path in files for s in [path.stat()]]
+    try: stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+                  for path in files for s in [path.stat()]]
+    except OSError as e:  # such as a link that leads nowhere
+        raise DataError(f"{e.filename}: cannot be read ({e.strerror}); remove or repair it") from None
     return hashlib.sha256(repr((_RULES, stats)).encode()).hexdigest()
 
 # %% ../nbs/10_cache.ipynb #bb3735e9
@@ -209,7 +213,11 @@ def find_folder(path: Path, # absolute or relative
                 cache: Path, # where a relative path is looked up second
 ) -> Path: # absolute; `path` itself if there is no such folder
     "The folder that a path means: here, or else in the cache folder"
-    return next((p.absolute() for p in (path, cache / path) if p.is_dir()), path)
+    found = next((p.absolute() for p in (path, cache / path) if p.is_dir()), path)
+    try: str(found).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{os.fsencode(found)}: a name that is not UTF-8; rename the folder, or link to it") from None
+    return found
 
 # %% ../nbs/10_cache.ipynb #f9425d6b
 def import_torchvision(): # the module

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -150,8 +150,9 @@ def make_figure(notebook: Path, request: Request, table: DataFrame, files: Figur
         if not is_installed("papermill"): return say(f"{request.name}: not drawn, since papermill is not installed")
         say(f"{request.name}: executing {notebook.name}")
         draw(notebook, request, files)
-        made.parent.mkdir(parents=True, exist_ok=True)
-        write_json(made, state)
+        with suppress(OSError):  # a finished store may be read-only; then it is drawn again the next time
+            made.parent.mkdir(parents=True, exist_ok=True)
+            write_json(made, state)
 
 # %% ../nbs/33_campaign.ipynb #b244e842
 def check_writable(folder: Path, option: str) -> None:
@@ -269,6 +270,7 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
         deadline = None if budget_min is None else time.monotonic() + 60 * budget_min
         out = None if out is None else user_path(out, "out")
         campaign = Campaign(requests, default_store(), out, workers, deadline)
-        check_writable(Path(campaign.store.root), "--runs")
+        if not all(is_complete(request, campaign.store) for request in requests.values()):
+            check_writable(Path(campaign.store.root), "--runs")
         check_writable(campaign.files(next(iter(requests))).folder, "--out")
         return carry_out(campaign, notebooks)

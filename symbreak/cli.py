@@ -22,7 +22,7 @@ import tyro
 from .probing import Probe
 from .terminal import console
 
-# %% ../nbs/34_cli.ipynb #deb213eb
+# %% ../nbs/34_cli.ipynb #52383bcf
 Folder = Annotated[str | None, tyro.conf.arg(metavar="PATH")]
 
 # %% ../nbs/34_cli.ipynb #8b33f93e
@@ -106,8 +106,9 @@ class Report:
         figures, notebooks = None if self.figures is None else user_path(self.figures, "figures"), find_notebooks()
         check_writable(out, "--out")
         tables = self.tables()
+        written = write_report(out, tables, figures, notebooks)
         code = max(print_claims(named, profile, self.strict) for profile, named in tables.items())
-        print(f"Report: {write_report(out, tables, figures, notebooks)}")
+        print(f"Report: {written}")
         return code
 
     def tables(self) -> dict: # profile -> figure -> tidy data
@@ -205,6 +206,7 @@ def parse(verb: str, argv: list[str]) -> Callable[[], int]: # the verb with its 
 def main(argv: list[str] | None = None) -> int: # exit code
     "Entry point of the `symbreak` command"
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # where ASCII is all it can encode
     if argv[:1] == ["help"]: argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -233,5 +235,5 @@ def guarded(do: Callable[[], int]) -> int: # exit code
         print(f"symbreak: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2
 
-# %% ../nbs/34_cli.ipynb #90423829
+# %% ../nbs/34_cli.ipynb #c3b4652c
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -212,7 +212,8 @@ def _digits():
 def _title(root):
     "What people call the images in a folder"
     label = root / "LABEL"
-    first = label.read_text(encoding="utf-8").strip().partition("\n")[0] if label.is_file() else ""
+    try: first = label.read_text(encoding="utf-8-sig").strip().partition("\n")[0] if label.is_file() else ""
+    except UnicodeDecodeError: raise DataError(f"{label}: not UTF-8; save it as such, or remove it") from None
     return first or root.name
 
 # %% ../nbs/10_data.ipynb #f2145438

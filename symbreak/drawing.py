@@ -26,7 +26,7 @@ RC = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "ax
 @contextmanager
 def style():
     "The look of all figures, undone on exit"
-    with plt.rc_context(RC): yield
+    with plt.style.context(["default", RC]): yield
 
 def figure(ncols: int = 1, nrows: int = 1, width: float = 7.2, height: float = 4.2, **kwargs) -> tuple[Figure, Axes]:
     "A new figure with axes, in inches"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FigureFiles', 'figures_folder', 'figure_files', 'notebook_paths', 'find_notebook', 'small_print', 'save',
-           'read_table', 'Verdicts', 'Exhibit']
+           'read_table', 'markdown_table', 'Verdicts', 'Exhibit']
 
 # %% ../nbs/25_figures.ipynb #dd9c2ce3
 import json
@@ -84,7 +84,8 @@ def save(fig, # matplotlib figure; its small print is added
 ) -> None:
     "Write picture, tidy data and provenance of a figure"
     Path(files.folder).mkdir(parents=True, exist_ok=True)
-    fig.supxlabel(small_print(table), fontsize=6, color="#555555", x=0.01, ha="left")
+    fig.supxlabel(small_print(table), fontsize=6, color="#555555", x=0.01, ha="left",
+                  parse_math=False)  # a label may hold a $
     write_atomic(files.path("csv"), lambda f: table.to_csv(f, index=False, float_format="%.9g"))
     write_atomic(files.path("json"), lambda f: f.write((json.dumps(table.attrs, indent=1) + "\n").encode()))
     write_atomic(files.path("png"), lambda f: fig.savefig(f, format="png", metadata={"Software": None}))
@@ -95,6 +96,11 @@ def read_table(csv: str | Path, attrs: str | Path) -> pd.DataFrame: # paths, or 
     table = pd.read_csv(csv)
     table.attrs.update(json.loads(attrs.read() if hasattr(attrs, "read") else Path(attrs).read_text(encoding="utf-8")))
     return table
+
+# %% ../nbs/25_figures.ipynb #06bd4c95
+def markdown_table(table: pd.DataFrame) -> str:
+    "A table as Markdown; what its cells hold, such as 98.10, stays as it is"
+    return table.replace(r"\|", r"\\|", regex=True).to_markdown(index=False, disable_numparse=True)
 
 # %% ../nbs/25_figures.ipynb #ec7d057c
 _COLOURS = {REPRODUCED: "#116329", NOT_REPRODUCED: "#a40e26", NOT_TESTED: "#7d4e00"}
@@ -134,9 +140,10 @@ class Exhibit:
         "Write the picture with its small print, and the tidy data"
         save(fig, self.table, self.files)
 
-    def save_text(self, text: str, kind: str) -> None: # kind: md or html
-        "Write a text beside the picture"
-        write_atomic(self.files.path(kind), lambda f: f.write(text.encode()))
+    def save_table(self, table: pd.DataFrame) -> None:
+        "Write a table beside the picture, as Markdown and as HTML"
+        for kind, text in (("md", markdown_table(table) + "\n"), ("html", table.to_html(index=False, border=0))):
+            write_atomic(self.files.path(kind), lambda f: f.write(text.encode()))
 
     def everywhere(self) -> pd.DataFrame:
         "The same at all profiles and on all data sets that are finished"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kernel', 'end_kernels', 'kernel_settings', 'execute_notebook']
 
-# %% ../nbs/32a_kernels.ipynb #98c740f2
+# %% ../nbs/32a_kernels.ipynb #fccbc230
 import logging
 import os
 from contextlib import contextmanager
@@ -19,8 +19,9 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config as Traits
 
 from .files import temporary_folder
+from .records import writing
 
-# %% ../nbs/32a_kernels.ipynb #a4e98322
+# %% ../nbs/32a_kernels.ipynb #f2e43681
 class Kernel(AsyncKernelManager):
     "Starts this very Python, whatever kernelspecs there are"
     started: WeakSet = WeakSet()
@@ -39,7 +40,7 @@ def end_kernels() -> None:
         process = getattr(kernel.provisioner, "process", None)
         if process is not None: process.kill()
 
-# %% ../nbs/32a_kernels.ipynb #c330304c
+# %% ../nbs/32a_kernels.ipynb #35feaeec
 @contextmanager
 def kernel_settings() -> Iterator[Traits]: # for nbclient
     "How to start one kernel, which ends with the `with` block"
@@ -48,7 +49,7 @@ def kernel_settings() -> Iterator[Traits]: # for nbclient
                      NotebookClient={"kernel_manager_class": Kernel,
                                      "shutdown_kernel": "immediate"})  # no interrupt first, which kernels report
 
-# %% ../nbs/32a_kernels.ipynb #cc28b3ee
+# %% ../nbs/32a_kernels.ipynb #b0a1cb38
 def execute_notebook(notebook: Path, # stays as it is
                      half: Path, # where it is while it executes, and stays if it fails
                      whole: Path, # where it goes at last, in the same folder
@@ -59,7 +60,7 @@ def execute_notebook(notebook: Path, # stays as it is
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, half))
     try:
-        with kernel_settings() as settings:
+        with kernel_settings() as settings, writing(half):
             papermill.execute_notebook(source, target, parameters, kernel_name="python3", language="python",
                                        progress_bar=False, cwd=str(Path.cwd()), config=settings)
     except papermill.PapermillExecutionError as e:

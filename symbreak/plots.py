@@ -243,8 +243,8 @@ def error_dots(table: pd.DataFrame, ax: Axes) -> Axes:
     _error_axis(ax, one_decade=table.test_accuracy.max() < 0.9)
     ax.set_yticks(range(len(curves)), curves)
     ax.invert_yaxis()
-    ax.set(xlabel="test error, last epoch (%); accuracy on the right",
-           title=f"{table.data.iloc[0]}, profile {table.profile.iloc[0]}")
+    ax.set(xlabel="test error, last epoch (%); accuracy on the right")
+    ax.set_title(f"{table.data.iloc[0]}, profile {table.profile.iloc[0]}", parse_math=False)  # a label may hold a $
     return ax
 
 def _error_axis(ax: Axes, one_decade: bool) -> None:

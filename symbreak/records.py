@@ -14,8 +14,9 @@ import io
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from glob import escape
 from pathlib import Path
 from typing import Callable
 
@@ -23,17 +24,17 @@ import torch
 from torch import nn
 
 from .config import Config
-from .files import locked
+from .files import advice, locked, refusal
 
 # %% ../nbs/12_records.ipynb #3ed6b085
 @contextmanager
 def writing(path: Path):
     "Whatever goes wrong inside with a file or a disk names `path` and the way out"
     try: yield
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
-        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
-        raise OSError(f"cannot write {path} ({reason}); make room or choose another folder, "
-                      "and the same command goes on") from e
+    except (OSError, RuntimeError) as e:
+        if (refused := refusal(e)) is None: raise  # not the disk's fault
+        raise OSError(f"cannot write {path} ({refused.strerror or refused}); {advice(refused)}, and the same command "
+                      "goes on") from e
 
 # %% ../nbs/12_records.ipynb #7f9598b2
 def write_atomic(path: Path, # final place; its folder must exist
@@ -42,6 +43,9 @@ def write_atomic(path: Path, # final place; its folder must exist
     "Write a file so that a reader sees all of it or nothing"
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):  # by processes that were killed while they wrote
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600: left.unlink()
     try:
         with writing(path):
             with open(temporary, "wb") as f: write(f)

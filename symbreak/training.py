@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HINT', 'SHOWN', 'helps', 'groups', 'train_verb', 'epoch_bar', 'reporter', 'unbroken', 'train_one']
 
-# %% ../nbs/33c_training.ipynb #aba6b2dc
+# %% ../nbs/33c_training.ipynb #fef9a265
 import ast
 import inspect
 import os
@@ -20,11 +20,11 @@ import tyro
 from .campaign import check_writable
 from .config import Config
 from .files import user_path
-from .records import Run
+from .records import Run, is_finished
 from .runs import default_store
 from .train import train
 
-# %% ../nbs/33c_training.ipynb #49cfb0cb
+# %% ../nbs/33c_training.ipynb #f4732cb2
 GROUPS = {"images": "data", "network": "net", "breakers": "dropout", "recipe": "epochs", "arithmetic": "device",
           "seeds-and-measurements": "seed"}
 
@@ -43,7 +43,7 @@ def groups() -> list[type]: # a dataclass for each of GROUPS
         found.setdefault(title, []).append((f.name, option, f.default))
     return [make_dataclass(title.replace("-", "_"), options) for title, options in found.items()]
 
-# %% ../nbs/33c_training.ipynb #bee5e93d
+# %% ../nbs/33c_training.ipynb #6c068509
 def train_verb() -> type:
     "The dataclass of `symbreak train`"
     parts = [(part.__name__, part, field(default_factory=part)) for part in groups()]
@@ -61,7 +61,7 @@ def train_verb() -> type:
             return train_one(config, folder)
     return Train
 
-# %% ../nbs/33c_training.ipynb #da994dd2
+# %% ../nbs/33c_training.ipynb #d5f62036
 def epoch_bar(epochs: int) -> "rich.progress.Progress":
     "A bar on standard error, if that is a terminal"
     from rich.console import Console
@@ -87,22 +87,23 @@ def reporter(bar, epochs: int, every_s: float = 20.) -> Callable[[int, dict], No
             print(f"epoch {epoch} of {epochs}: {accuracy}", file=sys.stderr, flush=True)
     return report
 
-# %% ../nbs/33c_training.ipynb #9f7b5014
-HINT = """  Nothing broke the symmetry: all copies of a feature are still equal, bit for bit. What could: --dropout 0.01,
-  --weight-noise 1e-3, or additions that no one orders, --reduction atomic --threads 2."""
+# %% ../nbs/33c_training.ipynb #a6a35be8
+HINT = """  Nothing broke the symmetry: all copies of a feature are still equal, bit for bit. What could: --dropout
+  0.01, --weight-noise 1e-3, or additions that no one orders, --reduction atomic --threads 2."""
 
 def unbroken(run: Run) -> bool:
     "Whether features that began identical, and were meant to part, are identical still"
     return run.metrics[-1].get("asymmetry") == 0 and not run.config.quotient
 
-# %% ../nbs/33c_training.ipynb #696668ca
+# %% ../nbs/33c_training.ipynb #5dbf14b0
 SHOWN = ("train_loss", "train_accuracy", "test_accuracy", "best_test_accuracy", "asymmetry", "distinct_features")
 
 def train_one(config: Config, folder: str | None) -> int: # exit code
     "Train with a progress bar and print the last epoch"
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
     folder = default_store().folder(config) if folder is None else user_path(folder, "folder")
-    check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind
+    if not is_finished(folder):  # which may be read-only
+        check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind
     with epoch_bar(config.epochs) as bar: run = train(config, folder, reporter(bar, config.epochs))
     last, record = run.metrics[-1], run.record
     print(f"{record['status']} after {record['epochs_done']} epochs in {record['wall_s']:.0f} s: {folder}")

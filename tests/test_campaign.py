@@ -100,6 +100,18 @@ def test_an_interrupt_ends_a_notebook_and_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "quick").iterdir()] == [".half-fig02.lock"]
 
 
+def test_a_finished_store_may_be_read_only(tmp_path, monkeypatch):
+    checked, written = [], campaign.write_json
+    monkeypatch.setattr(campaign, "check_writable", lambda folder, option: checked.append(option))
+    (tmp_path / "out" / "quick").mkdir(parents=True)
+    def refused(path, value):
+        if path.parent.name == "made": raise OSError("Read-only file system")
+        written(path, value)
+    monkeypatch.setattr(campaign, "write_json", refused)
+    for _ in range(2): run(["fig02"], runs=tmp_path / "runs", out=tmp_path / "out")
+    assert checked == ["--runs", "--out", "--out"] and (tmp_path / "out" / "quick" / "fig02.png").exists()
+
+
 def test_run_pauses_and_leaves_the_environment_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("SYMBREAK_RUNS", raising=False)
     tables = run(["fig04"], runs=tmp_path / "runs", out=tmp_path / "out", budget_min=0)

@@ -165,6 +165,21 @@ def test_diverged_training_is_a_failure(capsys, tmp_path):
     assert code == 1 and printed.out.startswith("diverged")
 
 
+def test_a_terminal_without_unicode_still_gets_its_report(tmp_path):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "SYMBREAK_RUNS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "symbreak", "report", "--profile", "cifar", "--out", tmp_path / "out"],
+                          capture_output=True, env=env)
+    assert done.returncode == 0 and (tmp_path / "out" / "index.html").exists(), done.stderr
+    assert b" % ? " in done.stdout and b"Report: " in done.stdout  # +- is no ASCII
+
+
+def test_a_run_that_is_finished_is_read_where_nothing_can_be_written(capsys, tmp_path, monkeypatch):
+    first = run(capsys, "train", *SMALL, "--folder", tmp_path / "run")
+    def refused(*_): raise OSError("read-only")
+    monkeypatch.setattr("symbreak.training.check_writable", refused)
+    assert run(capsys, "train", *SMALL, "--folder", tmp_path / "run") == first
+
+
 def test_list_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
     code, printed = run(capsys, "list")
