@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from glob import escape

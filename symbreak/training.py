@@ -107,6 +107,7 @@ def train_one(config: Config, folder: str | None) -> int: # exit code
     with epoch_bar(config.epochs) as bar: run = train(config, folder, reporter(bar, config.epochs))
     last, record = run.metrics[-1], run.record
     print(f"{record['status']} after {record['epochs_done']} epochs in {record['wall_s']:.0f} s: {folder}")
+    if run.unchecked: print(f"  its images are not at hand and were not compared ({run.unchecked})")
     for name in SHOWN:
         if last.get(name) is not None: print(f"  {name:20} {last[name]:.6g}")
     if unbroken(run): print(HINT)
