@@ -21,9 +21,11 @@ from pathlib import Path
 
 from pandas import DataFrame
 
+from .config import Config
 from .experiments import Request, offered, plan
 from .files import locked, user_path
 from .figures import FigureFiles, figure_files, find_notebook
+from .jobs import Engine, failure_file, failures, run_jobs
 from .measurements import source_digest
 from .plans import Planned
 from .records import write_json
@@ -174,6 +176,7 @@ class Campaign:
     out: Path | None = None  # folder of all profiles; None: figures/ of the checkout
     workers: int | None = None  # processes that train at once on a CPU; None: one per core
     deadline: float | None = None  # by time.monotonic
+    engine: Engine | None = None  # on which runs are jobs; None: processes of this call
 
     def left_s(self) -> float | None:
         "Seconds of the budget that are left; None: no limit"
@@ -200,6 +203,14 @@ def _measure(campaign: Campaign, names: list[str], gather: Callable,
         if is_there(name) or campaign.left_s() != 0.: gather(name)
     return {name: campaign.collect(name) for name in names if not is_there(name)}
 
+# %% ../nbs/33_campaign.ipynb #514cdbb3
+def _execute(campaign: Campaign, queue: list[Config], tick: Callable) -> None:
+    "Train what is missing, where the campaign says"
+    if campaign.engine is None: return execute(queue, campaign.store, campaign.workers, campaign.left_s(), tick)
+    run_jobs(queue, campaign.store, campaign.engine, True, campaign.left_s(), tick=lambda jobs: tick())
+    for config, why in failures(queue, campaign.store).items():
+        raise RuntimeError(f"run: {config.label!r} failed: {why}; see {failure_file(campaign.store, config)}")
+
 # %% ../nbs/33_campaign.ipynb #0b79d0af
 def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable, progress: Progress,
            background: Background) -> None:
@@ -218,7 +229,7 @@ def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callab
         progress.tick()
 
     if waiting: show()
-    execute(queue, campaign.store, campaign.workers, campaign.left_s(), tick)
+    _execute(campaign, queue, tick)
     for name in waiting: gather(name)
 
 # %% ../nbs/33_campaign.ipynb #04fbbf20
@@ -257,11 +268,14 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
         out: Path | str | None = None, # where figures go, in a folder per profile; None: figures/
         workers: int | None = None, # processes that train at once on a CPU, >= 1; None: one per core
         budget_min: float | None = None, # pause cleanly after that many minutes, >= 0; None: no limit
+        engine: Engine | None = None, # on which runs are jobs; None: processes of this call
 ) -> dict[str, DataFrame]: # figure -> its tidy data, as `reproduce` returns it
     "Train and measure what is missing, draw every figure that is complete; the same call goes on"
     if workers is not None and workers < 1: raise ValueError(f"workers: {workers}; allowed: at least 1")
     if budget_min is not None and not budget_min >= 0:
         raise ValueError(f"budget_min: {budget_min}; allowed: at least 0")
+    if budget_min is not None and engine is not None and engine.kind == "slurm":
+        raise ValueError(f"budget_min: {budget_min} on Slurm, where jobs go on without us; allowed: None")
     requests = {name: Request(name, profile, device, data) for name in tuple(names) or offered(profile)}
     notebooks = {name: find_notebook(name) for name in requests}
     user_path("~", "HOME")  # Jupyter does not start without one
@@ -269,7 +283,7 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
     with _environment("SYMBREAK_RUNS", str(root.absolute())):
         deadline = None if budget_min is None else time.monotonic() + 60 * budget_min
         out = None if out is None else user_path(out, "out")
-        campaign = Campaign(requests, default_store(), out, workers, deadline)
+        campaign = Campaign(requests, default_store(), out, workers, deadline, engine)
         if not all(is_complete(request, campaign.store) for request in requests.values()):
             check_writable(Path(campaign.store.root), "--runs")
         check_writable(campaign.files(next(iter(requests))).folder, "--out")

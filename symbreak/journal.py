@@ -108,6 +108,9 @@ def interruptible(journal: Journal, epochs: int): # epochs: of the whole run
     "Whoever interrupts what is inside, by SIGINT or SIGTERM, finds the last whole epoch saved"
     with terminable():
         try: yield
+        except SystemExit:  # a scheduler's signal that time is up
+            save_checkpoint(journal)
+            raise
         except KeyboardInterrupt:
             save_checkpoint(journal)
             if journal.files is None: raise

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ import pytest
 from symbreak import campaign, cli
 from symbreak.campaign import Campaign, carry_out, run
 from symbreak.config import Config
+from symbreak.jobs import Engine
 from symbreak.plans import Planned
 from symbreak.runs import Store
 
@@ -45,10 +47,11 @@ class Figures:
         if notebook == "b": raise ValueError("b cannot be drawn")
         time.sleep(0.2)
 
-    def run(self, *names, deadline=None):
+    def run(self, *names, deadline=None, engine=None):
         class Request(str):  # a request is only handed through
             profile = device = data = name = None
-        return carry_out(Campaign({n: Request(n) for n in names}, self.store, workers=1, deadline=deadline),
+        return carry_out(Campaign({n: Request(n) for n in names}, self.store, workers=1, deadline=deadline,
+                                  engine=engine),
                          {n: n for n in names})
 
 
@@ -123,7 +126,27 @@ def test_the_command_is_the_same_call(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(campaign, "run", lambda *args: asked.append(args) or {"fig01": _flat()})
     assert cli.main(["reproduce", "fig01", "--out", str(tmp_path), "--budget-min", "5"]) == 0
-    assert asked == [(("fig01",), "quick", "auto", None, None, str(tmp_path), None, 5.)]
+    assert asked == [(("fig01",), "quick", "auto", None, None, str(tmp_path), None, 5., None)]
+
+
+def test_a_campaign_trains_its_runs_as_jobs(tmp_path, monkeypatch):
+    figures, engine = Figures(tmp_path, monkeypatch), Engine("debug")
+    assert figures.run("slow", "a", engine=engine)["slow"].attrs["missing"] == 0 and figures.made == ["a", "slow"]
+    [broken] = figures.planned["bad"] = [Planned("x", replace(figures.planned["slow"][0].config, data="nowhere"))]
+    with pytest.raises(RuntimeError, match=f"run: .* failed: .*unknown 'nowhere'.*{broken.config.hash}.error.txt"):
+        figures.run("bad", "c", engine=engine)
+
+
+def test_on_slurm_there_is_no_budget(tmp_path):
+    with pytest.raises(ValueError, match="budget_min: 5 on Slurm"):
+        run(["fig04"], runs=tmp_path, budget_min=5, engine=Engine("slurm"))
+
+
+def test_the_command_makes_an_engine(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(campaign, "run", lambda *args: asked.append(args[-1]) or {"fig01": _flat()})
+    cli.main(["reproduce", "fig01", "--engine", "slurm", "--workers", "9", "--timeout-min", "90", "--slurm", "mem=8GB"])
+    assert asked == [Engine("slurm", at_once=9, timeout_min=90., options=dict(mem="8GB"))]
 
 
 def _flat():

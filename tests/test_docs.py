@@ -3,19 +3,15 @@ import ast
 import importlib.util
 import re
 import sys
-from functools import partial
 from html import unescape
 from pathlib import Path
 
 import nbformat
 import pytest
-import submitit
 import yaml
 
 from symbreak import pages
 from symbreak.claims import CLAIMS
-from symbreak.config import Config
-from symbreak.plans import Planned
 from symbreak.pages import mathml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,15 +158,12 @@ def test_formulas_become_mathml():
     assert html.count("<math") == 2 and html.count('display="block"') == 1 and "arithmatex" not in html
 
 
-def test_the_slurm_page_trains(tmp_path, monkeypatch):
-    """Its first block as it stands, but for a local executor and one tiny run."""
-    tiny = [Planned("tiny", Config(depth=7, width=1, epochs=1, train_size=200, test_size=100))]
+def test_the_page_about_sweeps_trains(tmp_path, monkeypatch, capsys):
+    """Its Python as it stands, but for an engine that needs no processes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(submitit, "AutoExecutor", partial(submitit.AutoExecutor, cluster="local"))
-    monkeypatch.setattr("symbreak.experiments.plan", lambda *_: tiny)
     block = re.search(r"```python\n(.*?)```", (DOCS / "howto" / "slurm.md").read_text(), re.DOTALL)[1]
-    found = {}
-    exec(compile(block, "slurm.md", "exec"), found)
-    assert [job.result().record["status"] for job in found["jobs"]] == ["finished"]
-    assert len(list((tmp_path / "runs").glob("*/record.json"))) == 1
+    found = dict(__name__="__main__")
+    exec(compile(block.replace('Engine("auto"', 'Engine("debug"'), "slurm.md", "exec"), found)
+    assert len(found["table"]) == 4 * 3 and len(list((tmp_path / "runs").glob("*/record.json"))) == 4
+    assert "asymmetry" in capsys.readouterr().out
