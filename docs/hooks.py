@@ -39,6 +39,7 @@ SHOWS = {  # what the navigation calls a figure; one that is not here is called 
     "fig07": "How a perturbation travels",
     "fig08": "Effective width",
     "fig09": "Growth of noise, and when symmetry breaks",
+    "fig10": "The operations of a machine",
     "fig11": "Wide network and quotient",
     "tab01": "Accuracies by data set",
     "abl01": "Linear or rectified skips",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_ULP_RMS', 'BREAKERS', 'perturb_', 'input_noise', 'ulp_noise_', 'gradient_noise_', 'next_float_', 'layer_weight',
-           'Breaker', 'breakers', 'hooks', 'breaker_names']
+           'from_probe', 'Breaker', 'breakers', 'hooks', 'breaker_names']
 
 # %% ../nbs/05_breaking.ipynb #4fee402d
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .nets import weight_layers
-from .reduction import GRANULARITIES, atomic_reduction_, random_reduction_
+from .reduction import GRANULARITIES, MAX_CHUNKS, TILE, atomic_reduction_, random_reduction_
 
 # %% ../nbs/05_breaking.ipynb #35c3459f
 @torch.no_grad()
@@ -92,6 +92,29 @@ def layer_weight(model: nn.Module, # any network that `weight_layers` knows
     layers = {layer.name: layer.module for layer in weight_layers(model)}
     if name not in layers: raise ValueError(f"{argument}: {name!r}; allowed: {', '.join(layers)}")
     return layers[name].weight
+
+# %% ../nbs/05_breaking.ipynb #d312c2ec
+_FINDINGS = {"deterministic": "rerun", "equivariant": "channel"}  # verdict -> prefix of the columns with its sizes
+
+def from_probe(table: "pandas.DataFrame", # rows of `hardware.probe`: the operations that are to be emulated
+               by: str = "reduction", # or "noise"
+) -> dict: # fields of Config; {}: these operations repeat themselves and treat copies alike
+    "What emulates the worst that a probe has found: a random reduction, or noise on gradients"
+    if by not in ("reduction", "noise"): raise ValueError(f"by: {by!r}; allowed: reduction, noise")
+    for verdict, kind in _FINDINGS.items():
+        bad = table[table[verdict].eq(False)]
+        if bad.empty: continue
+        row = bad.loc[bad[f"{kind}_size"].idxmax()]
+        if by == "noise": return dict(gradient_noise=float(_relative(row, kind)))
+        chunks = min(max(1 + math.ceil(row[f"{kind}_size"]), 3), MAX_CHUNKS)
+        shared = "element" if kind == "rerun" else "tile" if row.tile >= TILE else "row"
+        return dict(reduction=shared, reduction_chunks=chunks)
+    return {}
+
+def _relative(row: "pandas.Series", kind: str) -> float:
+    "Standard deviation of the noise relative to each element"
+    eps = torch.finfo(getattr(torch, row["dtype"])).eps
+    return eps * row[f"{kind}_median_ulp"] * math.sqrt(row[f"{kind}_share"] / 2 * 3 / (8 * math.log(2)))
 
 # %% ../nbs/05_breaking.ipynb #513f3cc1
 @dataclass(frozen=True)

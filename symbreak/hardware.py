@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'CONCERNS', 'SIZES', 'CASE', 'settings_of', 'dtypes_of', 'cores', 'Case', 'cases', 'ask', 'ask_all',
-           'digests', 'fresh_digests', 'concerned', 'ranked', 'summary', 'machine', 'probe', 'save_probe', 'read_probe',
-           'compared']
+           'digests', 'in_new_processes', 'fresh_digests', 'concerned', 'ranked', 'summary', 'machine', 'probe',
+           'save_probe', 'read_probe', 'compared']
 
 # %% ../nbs/08_hardware.ipynb #7d666a33
 import hashlib
@@ -100,22 +100,30 @@ def digests(cases: list[Case], device: str, seed: int) -> list[str]: # "" where 
     "The bits of all results"
     return [row.get("digest", "") for row in ask_all(cases, torch.device(device), seed, _digest)]
 
-_FRESH = ("import pickle, sys; from symbreak.hardware import digests; "
-          "pickle.dump(digests(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)")
+_FRESH = ("import pickle, sys; function, arguments = pickle.load(sys.stdin.buffer); "
+          "pickle.dump(function(*arguments), sys.stdout.buffer)")
 
-def fresh_digests(cases: list[Case], device: str, seed: int, processes: int) -> list[list[str]]: # [process][case]
-    "The same in new processes at once"
+def in_new_processes(function: Callable, # of a module
+                     *arguments, # of the function
+                     processes: int = 1, # at the same time
+                     **environment: str, # variables that are read when a process starts
+) -> list: # what each of them returned
+    "Call a function in new processes at once"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | dict(PYTHONPATH=path, OMP_WAIT_POLICY="passive")  # threads that wait do not spin
+    changed = dict(PYTHONPATH=path, OMP_WAIT_POLICY="passive") | environment  # threads that wait do not spin
     started = [subprocess.Popen([sys.executable, "-c", _FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env=environment) for _ in range(processes)]
+                                env=os.environ | changed) for _ in range(processes)]
     for process in started:
-        process.stdin.write(pickle.dumps((cases, device, seed)))
+        process.stdin.write(pickle.dumps((function, arguments)))
         process.stdin.close()
     found = [process.stdout.read() for process in started]
     if any(process.wait() for process in started):
         raise ValueError(f"processes: {processes}, but a new one failed, see above; allowed with functions of modules")
     return [pickle.loads(bits) for bits in found]
+
+def fresh_digests(cases: list[Case], device: str, seed: int, processes: int) -> list[list[str]]: # [process][case]
+    "The bits of all results in new processes at once"
+    return in_new_processes(digests, cases, device, seed, processes=processes)
 
 # %% ../nbs/08_hardware.ipynb #24aa9a14
 CONCERNS = {"nondeterministic": "deterministic", "asymmetric": "equivariant", "batch-dependent": "batch_invariant"}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'accuracy', 'rank_correlation', 'range_over_depths',
-           'ratio_over_depths', 'over_blocks', 'width_factor', 'excess_width', 'string_trend', 'reach', 'break_epoch',
-           'break_times', 'linearity', 'noise_like', 'prediction_error', 'survives', 'bits_differ',
-           'largest_difference', 'cost_ratio']
+           'ratio_over_depths', 'having', 'most_distinct', 'over_blocks', 'width_factor', 'excess_width',
+           'string_trend', 'reach', 'break_epoch', 'break_times', 'linearity', 'noise_like', 'prediction_error',
+           'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -55,6 +55,19 @@ def ratio_over_depths(rows: pd.DataFrame) -> pd.Series:
     "Largest over smallest gradient norm, by seed"
     found = rows.groupby("seed").gradient_norm
     return found.max() / found.min()
+
+# %% ../nbs/23a_summaries.ipynb #4b970f5e
+def having(**verdicts: bool) -> Summary: # such as deterministic=True, equivariant=False
+    "Share of the cases of a probe that have these verdicts, by seed"
+    def measure(rows):
+        known = rows.dropna(subset=list(verdicts))
+        agree = sum(known[name].eq(value) for name, value in verdicts.items())
+        return (agree == len(verdicts)).groupby(known.seed).mean()
+    return measure
+
+def most_distinct(rows: pd.DataFrame) -> pd.Series:
+    "Largest number of different channels that copies became, by seed"
+    return rows.groupby("seed").distinct.max()
 
 # %% ../nbs/23a_summaries.ipynb #64dc2408
 def over_blocks(when: str = "last") -> Summary: # or "first"

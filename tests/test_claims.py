@@ -6,16 +6,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from symbreak import claims, experiments
+from symbreak import claims, experiments, measurements
 from symbreak.claims import CLAIMS, verdicts
 from symbreak.config import Config
 from symbreak.experiments import EXPERIMENTS, Experiment, Request, last_row, offered, outline, plan
+from symbreak.figures import figure_files, read_table
 from symbreak.plans import Planned
 from symbreak.profiles import PROFILES
 from symbreak.results import collect, reproduce
 from symbreak.runs import Store, default_store, home
-from symbreak.summaries import at_end, gap
-from symbreak.verdicts import NOT_TESTED, Claim, is_ready, judge
+from symbreak.summaries import at_end, gap, having
+from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, Claim, is_ready, judge
 
 HASHES = json.loads((Path(__file__).parent / "hashes.json").read_text())
 MEANT = [(claim, profile) for claim in CLAIMS for profile in PROFILES
@@ -33,6 +34,12 @@ def test_a_misspelt_claim_is_an_error(wrong):
     claim = Claim("fig04", "misspelt", at_end("test_accuracy"), (wrong,))
     with pytest.raises(ValueError, match="not planned|no column 'inti'"):
         judge(claim, table, outline(Request("fig04", "cifar")), seeds=3)
+
+
+def test_what_shows_a_measurement_is_no_part_of_its_source():
+    """Rooms after `measurements` are left out of the digest, and only they."""
+    rooms = [path.stem.partition("_") for path in (home() / "nbs").glob("[0-9]*.ipynb")]
+    assert {module for number, _, module in rooms if number > "22"} | {"_modidx"} == set(measurements.SHOWING)
 
 
 def test_hashes_of_planned_runs_never_change():
@@ -64,6 +71,16 @@ def test_columns_of_facts_are_in_every_table():
                                                             default_store().archives)), outline(Request(name, "cifar"))
         assert set(planned) <= set(table), name
         assert not table[list(planned)].isna().any().any(), name
+
+
+def test_a_busy_machine_contradicts_no_claim_of_the_probe():
+    """Races may show or not: with none at all every verdict of the committed probe is what it was."""
+    table = read_table(*(figure_files("fig10", "quick").path(kind) for kind in ("csv", "json")))
+    quiet = table.assign(deterministic=True)
+    for found in (table, quiet): assert (verdicts("fig10", found).verdict == verdicts("fig10", table).verdict).all()
+    assert having(deterministic=False)(quiet).eq(0).all()
+    noisy = table.assign(deterministic=table.setting != "deterministic")  # all that may race and all that must not
+    assert (verdicts("fig10", noisy).verdict == NOT_REPRODUCED).sum() == 2
 
 
 def test_adding_an_experiment(tmp_path, monkeypatch):

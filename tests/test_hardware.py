@@ -5,15 +5,19 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
 from symbreak import probe
+from symbreak.breaking import ONE_ULP_RMS, from_probe, ulp_noise_
 from symbreak.calls import recorded
+from symbreak.config import Config
 from symbreak.hardware import SIZES, compared, concerned, cores, read_probe, save_probe, summary
 from symbreak.numerics import numerics, switches
 from symbreak.operations import accumulations, all_reduce, chunk_sum, convolution, linear, operations
 from symbreak.probing import Probe
+from symbreak.train import train
 
 ATOMIC = {"put_, accumulate", "index_put_, accumulate"}  # the only ones that race on a CPU
 
@@ -55,6 +59,40 @@ def test_noise_is_found():
                 settings=("default",), reruns=3).iloc[0]
     assert not row.deterministic
     assert row.rerun_max_ulp == 1 and row.rerun_share == 1
+
+
+class Noisy:
+    """A linear layer whose results move by an ulp at random, as ulp_noise_ moves gradients"""
+    generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x, weight):
+        total = torch.nn.Parameter(in_order(x, weight))
+        total.grad = total.detach().clone()
+        ulp_noise_([total], self.generator)
+        return total.grad
+
+
+def test_what_a_probe_finds_is_emulated_at_its_size():
+    """Noise that is put in comes out of the probe, through from_probe, within a factor of two."""
+    asked = dict(dtypes=("float32",), threads=(1,), settings=("default",), reruns=2)
+    table = probe("cpu", only=[replace(linear(64, 32, 64)[0], run=Noisy())], **asked)
+    assert ONE_ULP_RMS / 2 < from_probe(table, by="noise")["gradient_noise"] < 2 * ONE_ULP_RMS
+    assert from_probe(table)["reduction"] == "element"
+    tiled = probe("cpu", only=[replace(linear(8, 64, 16)[0], run=edge)], **asked)
+    assert from_probe(tiled)["reduction"] == "row" and tiled.equivariant.eq(False).all()
+    clean = probe("cpu", only=[replace(linear(8, 64, 16)[0], run=in_order)], **asked)
+    assert from_probe(clean) == from_probe(clean, by="noise") == {}
+    with pytest.raises(ValueError, match="by: 'chance'; allowed: reduction, noise"): from_probe(clean, by="chance")
+
+
+def test_an_emulated_probe_breaks_the_symmetry():
+    row = dict(deterministic=False, equivariant=True, rerun_size=1.9, rerun_share=0.1, rerun_median_ulp=1.,
+               dtype="float32", tile=1.)
+    few = dict(train_size=200, test_size=100, epochs=1, width=1, depth=7, batch_size=32, device="cpu")
+    for by in ("reduction", "noise"):
+        run = train(Config(**few, **from_probe(pd.DataFrame([row]), by=by)))
+        assert run.history.distinct_features.iloc[-1] > 1, by
+    assert train(Config(**few)).history.distinct_features.iloc[-1] == 1
 
 
 def test_no_traces():
