@@ -79,8 +79,8 @@ def test_a_busy_machine_contradicts_no_claim_of_the_probe():
     quiet = table.assign(deterministic=True)
     for found in (table, quiet): assert (verdicts("fig10", found).verdict == verdicts("fig10", table).verdict).all()
     assert having(deterministic=False)(quiet).eq(0).all()
-    noisy = table.assign(deterministic=table.setting != "deterministic")  # all that may race and all that must not
-    assert (verdicts("fig10", noisy).verdict == NOT_REPRODUCED).sum() == 2
+    noisy = verdicts("fig10", table.assign(deterministic=False))
+    assert (noisy.verdict[noisy.statement.str.contains("a rerun has other bits")] == NOT_REPRODUCED).all()
 
 
 def test_adding_an_experiment(tmp_path, monkeypatch):
