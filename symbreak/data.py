@@ -270,4 +270,4 @@ def look(source: str, cache: str | Path | None = None, # as for `load`
     if source in _TORCHVISION and not (cache_dir(cache) / f"{source}.pt").exists():
         raise AbsentError(f"{source}: not in {cache_dir(cache)}")
     kind, _, path = source.partition(":")
-    return folder_state(find_folder(Path(path).expanduser(), cache_dir(cache))) if kind == "folder" else source
+    return folder_state(find_folder(user_path(path, "data"), cache_dir(cache))) if kind == "folder" else source

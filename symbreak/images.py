@@ -29,7 +29,9 @@ LOOK_S = 10  # seconds for which a look holds
 @lru_cache(maxsize=64)
 def _looked(source: str, cache: str, here: str, moment: int) -> str: return look(source)
 
-def _state(source: str) -> str: return _looked(source, str(cache_dir()), os.getcwd(), int(time.monotonic() / LOOK_S))
+def _state(source: str) -> str:
+    cache = "" if source == "digits" else str(cache_dir())  # digits come with scikit-learn: they need no home
+    return _looked(source, cache, os.getcwd(), int(time.monotonic() / LOOK_S))
 
 @lru_cache(maxsize=1)
 def _kept(source: str, train_size: int | None, test_size: int | None, state: str) -> Dataset:
