@@ -46,6 +46,7 @@ SHOWS = {  # what the navigation calls a figure; one that is not here is called 
     "abl02": "Survival of the first steps",
     "abl03": "Arithmetic of the device",
     "abl04": "Time to catch up",
+    "abl05": "Rates of growth",
 }
 
 TEMPLATE = (Path(__file__).parent / "notebook.md.j2").read_text(encoding="utf-8")

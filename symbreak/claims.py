@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['HE', 'CONTROL', 'HARDWARE', 'ATOMIC_ROWS', 'ORDERED_ROWS', 'TOY_CLAIMS', 'PROPAGATION_CLAIMS', 'ATOMIC_CLAIMS',
            'KERNEL_CLAIMS', 'BREAKER_CLAIMS', 'TABLE_CLAIMS', 'SKIP_CLAIMS', 'WHERE', 'CORRELATION_CLAIMS',
-           'WIDTH_CLAIMS', 'STRING_CLAIMS', 'TRAVEL_CLAIMS', 'SURVIVAL_CLAIMS', 'LENGTH_CLAIMS', 'GROWTH_CLAIMS',
-           'QUOTIENT_CLAIMS', 'CLAIMS', 'broken_by', 'verdicts']
+           'WIDTH_CLAIMS', 'STRING_CLAIMS', 'TRAVEL_CLAIMS', 'SURVIVAL_CLAIMS', 'LENGTH_CLAIMS', 'QUOTIENT_CLAIMS',
+           'CLAIMS', 'broken_by', 'verdicts']
 
 # %% ../nbs/24_claims.ipynb #8790f67e
 import pandas as pd
 
 from .experiments import Request, outline, seeds
-from .breaking import ONE_ULP_RMS
+from .growth_claims import GROWTH_CLAIMS, RATE_CLAIMS
 from .machine_claims import ARITHMETIC_CLAIMS, PROBE_CLAIMS
-from .plans import ATOMIC_NOISE as ATOMIC, ONE_FEATURE, ONE_ULP, STEPWISE
+from .plans import ATOMIC_NOISE as ATOMIC, ONE_FEATURE
 from .profiles import PROFILES, Profile
 from .summaries import (accuracy, at_end, break_epoch, cost_ratio, difference, excess_width, gap,
-                                largest_difference, linearity, over_blocks, prediction_error, range_over_depths,
+                                largest_difference, over_blocks, range_over_depths,
                                 rank_correlation, ratio, ratio_over_depths, reach, string_trend, survives, width_factor)
 from .verdicts import ALL, NARROW, SMALL, Claim, Rows, judge
 
@@ -233,16 +233,6 @@ def _length_claims(profile: Profile) -> list[Claim]:
 LENGTH_CLAIMS = [claim for name in ("quick", "cifar", "paper") for claim in _length_claims(PROFILES[name])]
 
 # %% ../nbs/24_claims.ipynb #fc179705
-GROWTH_CLAIMS = [
-    Claim("fig09", "time to break is linear in ln(1 / noise at the start) (R^2)", linearity,
-          (dict(source="all features"),), low=0.98),
-    Claim("fig09", "three copies foretell when symmetry breaks (largest error, in units of an epoch or 5 %)",
-          prediction_error, (dict(source="all features"), dict(source="three copies")), high=1.),
-    *(Claim("fig09", f"the same for {what} at every step", prediction_error,
-            (dict(source=source), dict(source=STEPWISE, noise=size)), high=1., profiles=profiles)
-      for what, source, size, profiles in (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, SMALL),
-                                           ("atomic additions", ATOMIC, 2. ** -24, ("paper",))))]
-
 QUOTIENT_CLAIMS = [
     Claim("fig11", "wide network and quotient: largest relative difference of the loss (float64)", largest_difference,
           (dict(part="equality"),), high=1e-10),
@@ -251,7 +241,7 @@ QUOTIENT_CLAIMS = [
 
 CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRELATION_CLAIMS, *STRING_CLAIMS,
                        *TRAVEL_CLAIMS, *WIDTH_CLAIMS, *QUOTIENT_CLAIMS, *TABLE_CLAIMS, *SKIP_CLAIMS, *SURVIVAL_CLAIMS,
-                       *PROBE_CLAIMS, *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS, *GROWTH_CLAIMS]
+                       *PROBE_CLAIMS, *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS, *GROWTH_CLAIMS, *RATE_CLAIMS]
 
 # %% ../nbs/24_claims.ipynb #f463a2a5
 def verdicts(figure: str, # experiment

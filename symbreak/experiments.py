@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CPU_DTYPES', 'LEFT_OUT', 'EXPERIMENTS', 'epoch_rows', 'last_row', 'layer_rows', 'step_rows', 'table_row',
-           'digest_rows', 'survivor_row', 'Experiment', 'offered', 'Request', 'seeds', 'plan', 'outline']
+           'digest_rows', 'survivor_row', 'rate_row', 'Experiment', 'offered', 'Request', 'seeds', 'plan', 'outline']
 
 # %% ../nbs/21_experiments.ipynb #f65bd7fc
 from collections.abc import Callable
@@ -16,9 +16,10 @@ import pandas as pd
 
 from .config import Config, resolve_device
 from .data import canonical
+from .growth import growth_rate
 from .operations import LARGE_MAPS, PARTS, SMALL_MAPS
 from .plans import (IS_X86, Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan,
-                            skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
+                            rates_plan, skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
 from .profiles import Profile, find_profile, on_data
 from .propagation import NETWORKS
 from .records import Run
@@ -43,6 +44,13 @@ def survivor_row(run: Run) -> pd.DataFrame:
     "The last epoch, and whether the network is alive"
     same_answer, finished = run.history.test_accuracy.iloc[0], run.record["status"] == "finished"
     return last_row(run).assign(survives=lambda t: (t.train_accuracy > 1.2 * same_answer) & finished)
+
+# %% ../nbs/21_experiments.ipynb #f191503b
+def rate_row(run: Run) -> pd.DataFrame:
+    "The last epoch, with the rate of growth of asymmetry per epoch and the steps in an epoch"
+    found = growth_rate(run.history, high=1e-8)
+    return last_row(run).assign(rate=found.rate, rate_error=found.error, window_begin=found.first,
+                                window_end=found.last, reason=found.reason, epoch_steps=run.history.step.iloc[1])
 
 # %% ../nbs/21_experiments.ipynb #b0b61a81
 @dataclass(frozen=True)
@@ -103,6 +111,8 @@ EXPERIMENTS = {
                         ("precision", "reduction", "onednn_isa", "deterministic", "rerun")),
     "abl04": Experiment("The gap to the diverse twin closes with time, and the wider the network, the later",
                         lengths_plan, last_row, ("init", "breaker", "width", "epochs"), seeds={"cifar": 1}),
+    "abl05": Experiment("How fast what is unequal grows: by learning rate, number of steps and width",
+                        rates_plan, rate_row, ("lr", "batch_size", "width", "depth"), seeds={"paper": 3}),
 }
 
 # %% ../nbs/21_experiments.ipynb #b5fa8fe4

@@ -53,10 +53,14 @@ def kernel_settings() -> Iterator[Traits]: # for nbclient
 def execute_notebook(notebook: Path, # stays as it is
                      half: Path, # where it is while it executes, and stays if it fails
                      whole: Path, # where it goes at last, in the same folder
-                     parameters: dict, # what the cell `parameters` gets
+                     parameters: dict, # name -> value, in place of those in the cell that is tagged `parameters`
 ) -> None:
     "Execute with parameters; the result appears under its name only when it is whole"
-    import papermill
+    import nbformat, papermill
+    tags = {tag for cell in nbformat.read(notebook, 4).cells for tag in cell.metadata.get("tags", ())}
+    if "parameters" not in tags:  # its own values would win
+        raise ValueError(f"notebook: {notebook.name} has no cell tagged `parameters`; allowed: one that takes what it "
+                         "is given")
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, half))
     try:

@@ -156,9 +156,9 @@ MEASUREMENTS = {"fig02": Measurement(architecture, looks=False), "fig03": Measur
                 "fig11": Measurement(quotient_against_wide, train_size=1280)}
 
 # %% ../nbs/22_measurements.ipynb #b9365b30
-SHOWING = ("architecture", "campaign", "checking", "claims", "cli", "costs", "drawing", "figures", "growth_plots",
-           "headlines", "kernels", "machine_claims", "pages", "plots", "probe_plots", "probing", "report", "results",
-           "summaries", "sweeping", "terminal", "training", "verdicts", "_modidx")
+SHOWING = ("architecture", "campaign", "checking", "claims", "cli", "costs", "drawing", "figures", "growth_claims",
+           "growth_plots", "headlines", "kernels", "machine_claims", "pages", "plots", "probe_plots", "probing",
+           "report", "results", "summaries", "sweeping", "terminal", "training", "verdicts", "_modidx")
 
 def source_digest(leave_out: tuple[str, ...] = ()) -> str:
     "sha256 of the library's source, 12 hex digits, but for the modules that are left out"

@@ -81,7 +81,7 @@ PAPER = Profile(
     leaky=Config(**_IMAGES, **_LEAKY, **_GPU, epochs=200),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004),
     images=50_000, seeds=1, emulates_noise=False, control_every=5, widths=(1, 2, 3, 10),
-    growth=dict(epochs=12), noises=_ROUNDING, step_noises=_ROUNDING)
+    growth=dict(epochs=8), noises=_ROUNDING, step_noises=_ROUNDING)
 
 SPRINT = Profile(
     "sprint", "ConstNet-16-10 and LeakyNet-16-10, 30 and 14 epochs, meant for half an hour of a GPU",

@@ -6,7 +6,7 @@
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'having', 'most_distinct', 'over_blocks', 'width_factor', 'excess_width',
            'string_trend', 'reach', 'break_epoch', 'break_times', 'linearity', 'noise_like', 'prediction_error',
-           'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
+           'growth_rates', 'rate_exponent', 'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -137,6 +137,15 @@ def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Seri
     ours, theirs = break_times(measured), break_times(predicted)
     apart = (ours - theirs).abs() / (0.05 * ours).clip(lower=1)
     return apart.unstack("seed").max(skipna=False)  # NaN where either did not break
+
+def growth_rates(rows: pd.DataFrame) -> pd.Series: # by seed; NaN where there is none
+    "Rate at which asymmetry grows per epoch"
+    return rows.groupby("seed").rate.mean()
+
+def rate_exponent(column: str) -> Summary: # such as "lr"
+    "Power of a column that the rate of growth follows (slope in double logarithm), by seed; NaN if a rate is missing"
+    def slope(part): return np.polyfit(np.log(part[column]), np.log(part.rate), 1)[0] if part.rate.all() else math.nan
+    return lambda rows: rows.groupby("seed")[[column, "rate"]].apply(slope)
 
 def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
     "Did the seed survive its first steps?"
