@@ -62,7 +62,7 @@ CIFAR = Profile(
     leaky=Config(**_IMAGES, **_LEAKY, width=1, epochs=20, batch_size=64, train_size=5000, test_size=2000),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004, batch_size=32, train_size=10000,
                test_size=5000),
-    images=10_000, seeds=3, growth=dict(epochs=30))
+    images=10_000, seeds=3, growth=dict(epochs=10), noises=(1e-3, 1e-6, 1e-9))
 
 # %% ../nbs/20_profiles.ipynb #d534e4cf
 FULL = Profile(
