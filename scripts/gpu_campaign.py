@@ -28,12 +28,13 @@ from symbreak.cache import cache_dir, find_folder
 from symbreak.config import Config, resolve_device
 from symbreak.data import Dataset, load
 from symbreak.experiments import Request, plan
+from symbreak.files import home
 from symbreak.nets import ConstNet
 from symbreak.numerics import numerics
 from symbreak.plans import ATOMIC
 from symbreak.provenance import provenance
 from symbreak.records import RunFiles, is_finished, write_json
-from symbreak.runs import Store, copy_small, default_store, home
+from symbreak.runs import Store, copy_small, default_store
 from symbreak.train import Trainer, learn, train
 
 DIGEST = "060f3df6f41050d54e8fac7ee0e9cb7ba591e9bb6bc20b1d1784fafbdcba59dc"  # of the tensors that Pillow 12 decodes

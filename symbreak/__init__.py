@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 # that importing symbreak costs nothing. `quotient` and `train` are missing: modules have these names.
 _PLACES = {"ConstNet": "nets", "LeakyNet": "nets", "weight_correlation": "diversity", "distinct_features": "diversity",
            "asymmetry": "diversity", "effective_width": "diversity", "expand": "quotient", "growth_rate": "growth",
-           "break_time": "growth", "Config": "config", "Run": "records", "predict": "prediction",
+           "break_time": "growth", "Config": "config", "Run": "outcome", "predict": "prediction",
            "reproduce": "results", "probe": "hardware", "check": "symmetry", "Check": "symmetry"}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import advice, locked, refusal, user_path
+from .files import advice, locked, own_checkout, refusal, temporary_folder, user_path
 
 # %% ../nbs/10_cache.ipynb #aebbfa12
 class DataError(OSError):
@@ -124,7 +124,9 @@ def _classes(split):
 # %% ../nbs/10_cache.ipynb #4d9779cc
 def _listing(root):
     "The files of each class, for training and for testing"
-    if not root.is_dir(): raise AbsentError(f"{root}: no such folder; expected one with {_LAYOUT}")
+    if not root.is_dir():
+        looked = "" if root.is_absolute() else f" in {Path.cwd()}, {own_checkout() or 'a checkout'} or the cache"
+        raise AbsentError(f"{root}: no such folder{looked}; expected one with {_LAYOUT}")
     train, test = (_classes(_split(root, names)) for names in (("train",), ("test", "valid", "val")))
     if odd := train.keys() ^ test.keys():
         raise DataError(f"{root}: class in only one of train and test: {', '.join(sorted(odd))}; both need all classes")
@@ -210,10 +212,11 @@ def folder_images(root: Path, # the folder: train/<class>/<image> and test/<clas
 
 # %% ../nbs/10_cache.ipynb #4852faa3
 def find_folder(path: Path, # absolute or relative
-                cache: Path, # where a relative path is looked up second
+                cache: Path, # where a relative path is looked up last
 ) -> Path: # absolute; `path` itself if there is no such folder
-    "The folder that a path means: here, or else in the cache folder"
-    found = next((p.absolute() for p in (path, cache / path) if p.is_dir()), path)
+    "The folder that a path means: here, else in the checkout of this library, else in the cache folder"
+    places = [path, *(top / path for top in [own_checkout()] if top), cache / path]
+    found = next((p.absolute() for p in places if p.is_dir()), path)
     try: str(found).encode()
     except UnicodeEncodeError:
         raise DataError(f"{os.fsencode(found)}: a name that is not UTF-8; rename the folder, or link to it") from None
@@ -273,8 +276,8 @@ def _tensors(split):
 def _unpacked(cls, cache, mirror, progress):
     "Images and labels for training and for testing, as torchvision unpacks them"
     archives, bases, folder = _archives(cls)
-    with TemporaryDirectory(dir=cache, prefix=".download-") as tmp:
-        raw = Path(tmp) / folder
+    with temporary_folder(cache, ".download-") as tmp:
+        raw = tmp / folder
         raw.mkdir(parents=True, exist_ok=True)
         for file, md5 in archives: _fetch(raw / file, md5, [mirror] if mirror else bases, cache / file, progress)
         train, test = (cls(tmp, train=part, download=True) for part in (True, False))

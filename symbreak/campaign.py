@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_installed', 'terminal_bar', 'Progress', 'Background', 'figure_key', 'draw', 'stop_drawing', 'make_figure',
-           'check_writable', 'Campaign', 'carry_out', 'run']
+           'check_writable', 'Campaign', 'whereabouts', 'carry_out', 'run']
 
 # %% ../nbs/33_campaign.ipynb #64325e94
 import hashlib
@@ -212,6 +212,14 @@ def _execute(campaign: Campaign, queue: list[Config], tick: Callable) -> None:
         raise RuntimeError(f"run: {config.label!r} failed: {why}; see {failure_file(campaign.store, config)}")
 
 # %% ../nbs/33_campaign.ipynb #0b79d0af
+def whereabouts(campaign: Campaign, planned: dict[str, list[Planned]]) -> str:
+    "After which epochs the runs go on that are under way; empty where there is none, or jobs have not ended yet"
+    if campaign.engine is not None: return ""
+    runs = {p.config: f"{p.curve}, seed {p.config.seed}" for some in planned.values() for p in some}
+    begun = {config: campaign.store.epochs_done(config) for config in runs}
+    saved = {config: campaign.store.saved_epochs(config) for config, done in begun.items() if 0 < done < config.epochs}
+    return ", ".join(f"after epoch {epoch} of {config.epochs} ({runs[config]})" for config, epoch in saved.items())
+
 def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable, progress: Progress,
            background: Background) -> None:
     "Train what is missing, longest runs of a figure first; gather each figure when it is complete"
@@ -229,7 +237,8 @@ def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callab
         progress.tick()
 
     if waiting: show()
-    _execute(campaign, queue, tick)
+    try: _execute(campaign, queue, tick)
+    except KeyboardInterrupt: raise KeyboardInterrupt(whereabouts(campaign, planned)) from None
     for name in waiting: gather(name)
 
 # %% ../nbs/33_campaign.ipynb #04fbbf20

@@ -110,10 +110,9 @@ class Report:
 
     def __call__(self) -> int:
         from symbreak.campaign import check_writable
-        from symbreak.files import user_path
+        from symbreak.files import home, user_path
         user_path("~", "HOME")  # Jupyter writes no page without one
         from symbreak.report import find_notebooks, write_report
-        from symbreak.runs import home
         out = home()/"build"/"report" if self.out is None else user_path(self.out, "out")
         figures, notebooks = None if self.figures is None else user_path(self.figures, "figures"), find_notebooks()
         check_writable(out, "--out")
@@ -146,20 +145,27 @@ class List:
         from rich.table import Table
         from symbreak.experiments import EXPERIMENTS
         from symbreak.profiles import PROFILES
+        damaged: dict[str, None] = {}  # each file once, however many figures want its run
         shown = Table("experiment", "title", *PROFILES, title="Finished runs", title_justify="left")
         for name, experiment in EXPERIMENTS.items():
-            shown.add_row(name, experiment.title, *(self.finished(name, profile) for profile in PROFILES))
+            shown.add_row(name, experiment.title, *(self.finished(name, profile, damaged) for profile in PROFILES))
         console().print(shown)
         for profile in PROFILES.values(): console().print(f"{profile.name}: {profile.says}")
+        for why in damaged: print(f"symbreak: not counted: {why}", file=sys.stderr)
         return 0
 
-    def finished(self, name: str, profile: str) -> str: # such as "3/24", or "measured"
-        "How many runs of an experiment are finished"
+    def finished(self, name: str, profile: str, damaged: dict) -> str: # such as "3/24", or "measured"
+        "How many runs of an experiment are finished; what is damaged is noted"
         from symbreak.experiments import Request, offered, plan
         if name not in offered(profile): return "-"
         from symbreak.runs import default_store
         planned, store = plan(Request(name, profile, self.device)), default_store()
-        return f"{sum(store.find(p.config) is not None for p in planned)}/{len(planned)}" if planned else "measured"
+
+        def is_there(config) -> bool:
+            try: return store.find(config) is not None
+            except ValueError as e: damaged[str(e)] = None
+            return False
+        return f"{sum(is_there(p.config) for p in planned)}/{len(planned)}" if planned else "measured"
 
 # %% ../nbs/34_cli.ipynb #9c1093f4
 def check_verb() -> type:

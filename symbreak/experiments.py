@@ -18,11 +18,11 @@ from .config import Config, resolve_device
 from .data import canonical
 from .growth import growth_rate
 from .operations import LARGE_MAPS, PARTS, SMALL_MAPS
+from .outcome import Run
 from .plans import (IS_X86, Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan,
                             rates_plan, skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
 from .profiles import Profile, find_profile, on_data
 from .propagation import NETWORKS
-from .records import Run
 
 # %% ../nbs/21_experiments.ipynb #2320a5dd
 def epoch_rows(run: Run) -> pd.DataFrame: return run.history

@@ -16,9 +16,9 @@ import pandas as pd
 
 from .claims import verdicts
 from .experiments import Request
+from .files import home
 from .records import write_atomic
 from .results import everywhere, reproduce
-from .runs import home
 from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, in_full
 
 # %% ../nbs/25_figures.ipynb #a4e4b8f7

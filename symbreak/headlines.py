@@ -19,7 +19,7 @@ from .experiments import offered
 from .figures import figure_files, read_table
 from .profiles import PROFILES
 from .results import collect
-from .runs import Store, home
+from .runs import Store
 from .verdicts import NOT_REPRODUCED, NOT_TESTED, in_full
 
 # %% ../nbs/26_headlines.ipynb #d8c05ccc

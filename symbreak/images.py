@@ -13,7 +13,7 @@ from functools import lru_cache
 from .cache import AbsentError, cache_dir
 from .config import Config
 from .data import Dataset, load, look
-from .records import Run
+from .outcome import Run
 
 # %% ../nbs/12b_images.ipynb #497c7f0c
 def seen(config: Config, data: Dataset) -> dict:

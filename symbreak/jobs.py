@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from .config import Config, resolve_device
-from .records import Run, write_atomic, write_json
+from .outcome import Run
+from .records import write_atomic, write_json
 from .runs import Budget, Store, default_workers, longest_first
 
 # %% ../nbs/16_jobs.ipynb #f7f3efdc

@@ -14,7 +14,7 @@ import pandas as pd
 from .config import Config
 from .data import Dataset
 from .growth import break_time
-from .records import Run
+from .outcome import Run
 from .runs import Store
 from .train import train
 

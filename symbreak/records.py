@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'writing', 'write_atomic', 'write_json', 'write_lines', 'append_line', 'read_lines', 'without_nan',
-           'RunFiles', 'sealed', 'read_sealed', 'file_digest', 'with_digests', 'check_files', 'check_folder', 'held',
-           'read_record', 'is_finished', 'write_checkpoint', 'read_checkpoint', 'epoch_table', 'layer_table',
-           'step_table', 'Run', 'save_run']
+           'RunFiles', 'sealed', 'read_sealed', 'file_digest', 'with_digests', 'check_files', 'read_record',
+           'is_finished', 'keeps_checkpoint', 'is_longer', 'whose', 'check_folder', 'held', 'write_checkpoint',
+           'read_checkpoint']
 
 # %% ../nbs/12_records.ipynb #6b000003
 import hashlib
@@ -16,13 +16,12 @@ import math
 import os
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from glob import escape
 from pathlib import Path
 from typing import Callable
 
 import torch
-from torch import nn
 
 from .config import Config
 from .files import advice, locked, refusal
@@ -102,7 +101,7 @@ class RunFiles:
     @property
     def model(self) -> Path: return self.folder/"model.pt"  # the final weights
     @property
-    def checkpoint(self) -> Path: return self.folder/"checkpoint.pt"  # while there is something left to do
+    def checkpoint(self) -> Path: return self.folder/"checkpoint.pt"  # while something is left to do, or may be
     @property
     def lock(self) -> Path: return self.folder/".lock"  # held by the process that trains
     @property
@@ -136,35 +135,6 @@ def check_files(record: dict, *paths: Path) -> None:
             raise ValueError(f"{path}: not what the record beside it was written for; restore it, or delete "
                              f"{path.parent} to train that run again")
 
-# %% ../nbs/12_records.ipynb #dc627e06
-def check_folder(folder: Path, config: Config) -> None:
-    "Raise if the folder is of another configuration; creates nothing"
-    path = RunFiles(folder).config
-    if not path.exists(): return
-    try: found = Config.from_dict(_parsed(path.read_text("utf-8", "replace"), path, "restore it"))
-    except ValueError as e:
-        raise ValueError(f"folder: {path} cannot be read ({e}); delete {folder} to start that run again") from None
-    for f in fields(config):
-        ours, theirs = getattr(config, f.name), getattr(found, f.name)
-        if ours != theirs:
-            raise ValueError(f"folder: {folder} holds a run of another configuration ({f.name} is {theirs!r}, asked "
-                             f"for {ours!r}); use another folder or delete it")
-
-# %% ../nbs/12_records.ipynb #14ed7778
-@contextmanager
-def held(folder: Path | None, # None: nothing to hold
-         config: Config):
-    "A run's folder, made if need be, and held against other processes"
-    if folder is None:
-        yield
-        return
-    files = RunFiles(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(files.lock, f"the run in {folder}"):
-        check_folder(folder, config)
-        if not files.config.exists(): write_json(files.config, asdict(config))
-        yield
-
 # %% ../nbs/12_records.ipynb #2a441960
 STATES = ("paused", "finished", "diverged")
 
@@ -179,6 +149,70 @@ def read_record(folder: Path) -> dict:
 def is_finished(folder: Path) -> bool:
     "Does the folder hold a run that reached its end, by its last epoch or by diverging?"
     return read_record(folder).get("status", "paused") != "paused"
+
+# %% ../nbs/12_records.ipynb #1d79161a
+def keeps_checkpoint(config: Config, status: str) -> bool: # status: one of STATES
+    "Whether a run that has ended so keeps its checkpoint, for a longer one to go on from"
+    return status == "finished" and config.schedule == "constant"
+
+def is_longer(config: Config, other: Config) -> bool:
+    "Whether `config` begins with all epochs of `other` and then goes on"
+    alike = replace(other, epochs=config.epochs) == config
+    return alike and config.epochs > other.epochs and config.schedule == "constant"
+
+# %% ../nbs/12_records.ipynb #53a6767f
+def whose(folder: Path) -> Config | None: # None: nobody's
+    "The configuration whose folder it is"
+    path = RunFiles(folder).config
+    if not path.exists(): return None
+    try: return Config.from_dict(_parsed(path.read_text("utf-8", "replace"), path, "restore it"))
+    except ValueError as e:
+        raise ValueError(f"folder: {path} cannot be read ({e}); delete {folder} to start that run again") from None
+
+def _check_end(folder: Path, found: Config) -> None:
+    "Raise unless the run of a folder can go on"
+    if Path(folder).name == found.hash:
+        raise ValueError(f"folder: {folder} is named after its run of {found.epochs} epochs; name another, or none: a "
+                         "store lets a longer run go on from the end of a shorter one")
+    if is_finished(folder) and not RunFiles(folder).checkpoint.exists():
+        raise ValueError(f"folder: {folder} holds a run of {found.epochs} epochs that is over "
+                         f"({read_record(folder)['status']}) and has left no checkpoint to go on from; use another "
+                         "folder")
+
+# %% ../nbs/12_records.ipynb #dc627e06
+def _why_not(config: Config, found: Config) -> str:
+    "Why a run with more epochs than another does not go on from it, if that is all they differ in"
+    if config.schedule != found.schedule: return ""
+    if not is_longer(*(replace(either, schedule="constant") for either in (config, found))): return ""
+    return (f", but with schedule={config.schedule!r} its learning rates depend on the number of epochs, and only a "
+            "'constant' one goes on")
+
+def check_folder(folder: Path, config: Config) -> bool: # is a shorter run there, from which this one goes on?
+    "Raise if the folder is of another configuration; creates nothing"
+    found = whose(folder)
+    if found is None or found == config: return False
+    if is_longer(config, found):
+        _check_end(folder, found)
+        return True
+    name = next(f.name for f in fields(config) if getattr(found, f.name) != getattr(config, f.name))
+    raise ValueError(f"folder: {folder} holds a run of another configuration ({name} is {getattr(found, name)!r}, "
+                     f"asked for {getattr(config, name)!r}{_why_not(config, found)}); use another folder or delete it")
+
+# %% ../nbs/12_records.ipynb #14ed7778
+@contextmanager
+def held(folder: Path | None, # None: nothing to hold
+         config: Config):
+    "A run's folder, made if need be, and held against other processes"
+    if folder is None:
+        yield
+        return
+    files = RunFiles(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(files.lock, f"the run in {folder}"):
+        if goes_on := check_folder(folder, config):
+            for path in (files.record, files.model): path.unlink(missing_ok=True)
+        if goes_on or not files.config.exists(): write_json(files.config, asdict(config))
+        yield
 
 # %% ../nbs/12_records.ipynb #d0bae8ca
 def _head(saved: bytes) -> bytes: return b"symbreak checkpoint " + hashlib.sha256(saved).hexdigest().encode() + b"\n"
@@ -201,74 +235,3 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as e:  # RuntimeError, EOFError, UnpicklingError, ...
         raise ValueError(f"checkpoint: {path} cannot be read ({type(e).__name__}); "
                          "delete it to start that run again") from None
-
-# %% ../nbs/12_records.ipynb #26c06ca2
-def epoch_table(metrics: list[dict]) -> "pandas.DataFrame":
-    "A row per epoch, with all that is one number"
-    import pandas as pd
-    return pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in metrics])
-
-# %% ../nbs/12_records.ipynb #09e56b75
-def layer_table(metrics: list[dict], record: dict) -> "pandas.DataFrame":
-    "A row per measured epoch, layer and measure"
-    import pandas as pd
-    def names(measure): return record["blocks" if measure in ("block_distinct", "effective_width") else "layers"]
-    rows = [dict(epoch=row["epoch"], measure=measure, layer=layer, value=value)
-            for row in metrics for measure, values in row.items() if isinstance(values, list)
-            for layer, value in zip(names(measure), values) if value is not None]
-    return pd.DataFrame(rows, columns=["epoch", "measure", "layer", "value"])
-
-# %% ../nbs/12_records.ipynb #e79a571c
-def step_table(steps: list[dict], layers: list[str]) -> "pandas.DataFrame":
-    "A row per measured step and layer"
-    import pandas as pd
-    rows = [dict(step=row["step"], layer=layer, asymmetry=value)
-            for row in steps for layer, value in zip(layers, row["layer_asymmetry"])]
-    return pd.DataFrame(rows, columns=["step", "layer", "asymmetry"])
-
-# %% ../nbs/12_records.ipynb #0f974d73
-@dataclass
-class Run:
-    "One training run: its configuration, what was measured, and where it comes from"
-    config: Config
-    metrics: list[dict]  # per measured epoch
-    steps: list[dict]  # per measured step
-    record: dict  # provenance, status ("finished", "paused", "diverged"), layer names, digests, wall_s
-    model: nn.Module | None = None  # present after train(), absent when read from a folder
-    folder: Path | None = None  # from which it was read
-    unchecked: str = ""  # why its images were not compared with those at hand (`symbreak.images`), if they were not
-
-    @property
-    def history(self) -> "pandas.DataFrame":
-        "A row per epoch; epoch 0 is before training, and measures are NaN in epochs that were not measured"
-        return epoch_table(self.metrics)
-
-    @property
-    def layers(self) -> "pandas.DataFrame":
-        "Rows of layer_asymmetry, distinct, forward, backward; block_distinct, effective_width, by epoch and layer"
-        return layer_table(self.metrics, self.record)
-
-    @property
-    def step_layers(self) -> "pandas.DataFrame":
-        "A row per measured step and layer: the layer's asymmetry after that step"
-        return step_table(self.steps, self.record["layers"])
-
-    @classmethod
-    def load(cls, folder: Path) -> "Run":
-        "Read what a run has written"
-        record, files = read_record(folder), RunFiles(Path(folder))
-        if not record:
-            raise ValueError(f"folder: {folder} has no record of a run; allowed: a folder that train has written")
-        check_files(record, files.metrics, files.steps)
-        return cls(Config.from_dict(record["config"]), read_lines(files.metrics), read_lines(files.steps), record,
-                   folder=files.folder)
-
-# %% ../nbs/12_records.ipynb #275f6f47
-def save_run(run: Run, folder: Path) -> None:
-    "Write what a run leaves behind beside its metrics; a paused one keeps its checkpoint and leaves no model"
-    files, ended = RunFiles(Path(folder)), run.record["status"] != "paused"
-    if run.steps: write_lines(files.steps, run.steps)
-    if ended: write_atomic(files.model, lambda f: torch.save(run.model.state_dict(), f))
-    run.record = with_digests(run.record, files) if ended else sealed(run.record)
-    write_json(files.record, run.record)
-    if ended: files.checkpoint.unlink(missing_ok=True)

@@ -109,8 +109,9 @@ def add_up_by_(model: nn.Module, # its convolutions (zero padding) are changed i
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise ValueError(f"model: {name} pads {conv.padding!r} by {conv.padding_mode!r}; allowed: numbers, 'zeros'")
     for conv in convolutions.values():
+        for name in vars(conv).pop("added", ()): delattr(conv, name)  # what another such class has needed
         conv.__class__ = kind
-        vars(conv).update(attributes)
+        vars(conv).update(attributes, added=tuple(attributes))
     return model
 
 # %% ../nbs/04b_reduction.ipynb #2adffc67

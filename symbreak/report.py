@@ -20,11 +20,11 @@ from nbformat import NotebookNode
 from .claims import verdicts as judged
 from .experiments import EXPERIMENTS
 from .figures import figure_files, notebook_paths, small_print
+from .files import home
 from .headlines import HEADLINES
 from .pages import asset, differences, headline, markdown, notebook_page, page, portable, templates
 from .profiles import PROFILES
 from .records import write_atomic
-from .runs import home
 from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 
 # %% ../nbs/32_report.ipynb #3a302d4f

@@ -16,9 +16,9 @@ from .config import Config
 from .data import DataError
 from .experiments import Request, offered, plan
 from .measurements import archived_measurement, kept_measurement, take_measurement
+from .outcome import Run
 from .plans import Planned
 from .profiles import PROFILES
-from .records import Run
 from .runs import Store, default_store, execute, longest_first
 
 # %% ../nbs/23_results.ipynb #216d3788

@@ -21,7 +21,8 @@ import tyro
 from .campaign import check_writable
 from .config import Config
 from .files import user_path
-from .records import Run, is_finished
+from .outcome import Run
+from .records import is_finished
 from .runs import default_store
 from .train import train
 
@@ -58,7 +59,7 @@ def train_verb() -> type:
     "The dataclass of `symbreak train`"
     @dataclass
     class Train(options()):
-        "Train one network; the same command goes on where it was interrupted"
+        "Train one network; the same command goes on where it was interrupted, and with more epochs where it ended"
         folder: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
         "folder of the run; default: runs/HASH, where the hash names the configuration"
 
@@ -105,10 +106,11 @@ SHOWN = ("train_loss", "train_accuracy", "test_accuracy", "best_test_accuracy", 
 def train_one(config: Config, folder: str | None) -> int: # exit code
     "Train with a progress bar and print the last epoch"
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
+    begun = default_store().shorter(config) if folder is None else None
     folder = default_store().folder(config) if folder is None else user_path(folder, "folder")
     if not is_finished(folder):  # which may be read-only
         check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind
-    with epoch_bar(config.epochs) as bar: run = train(config, folder, reporter(bar, config.epochs))
+    with epoch_bar(config.epochs) as bar: run = train(config, folder, reporter(bar, config.epochs), begun=begun)
     last, record = run.metrics[-1], run.record
     print(f"{record['status']} after {record['epochs_done']} epochs in {record['wall_s']:.0f} s: {folder}")
     if run.unchecked: print(f"  its images are not at hand and were not compared ({run.unchecked})")

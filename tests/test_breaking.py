@@ -345,7 +345,8 @@ def test_a_new_source_trains_without_a_word_in_the_loop(toy):
 
 
 def test_a_new_source_resumes_to_the_same_bits(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr("symbreak.records.Config", Drifting)  # who reads the configuration of a folder
+    for room in ("records", "outcome"):  # who reads the configuration of a folder
+        monkeypatch.setattr(f"symbreak.{room}.Config", Drifting)
     config = replace(TINY, drift=1e-3, drift_from=3)
     while (resumed := training.train(config, tmp_path / "run", stop=lambda: True)).record["status"] == "paused":
         pass

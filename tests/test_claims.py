@@ -11,10 +11,11 @@ from symbreak.claims import CLAIMS, verdicts
 from symbreak.config import Config
 from symbreak.experiments import EXPERIMENTS, Experiment, Request, last_row, offered, outline, plan
 from symbreak.figures import figure_files, read_table
+from symbreak.files import home
 from symbreak.plans import Planned
 from symbreak.profiles import PROFILES
 from symbreak.results import collect, reproduce
-from symbreak.runs import Store, default_store, home
+from symbreak.runs import Store, default_store
 from symbreak.summaries import at_end, gap, having
 from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, Claim, is_ready, judge
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from symbreak.headlines import all_verdicts, claims_page, committed, readme_table
-from symbreak.runs import home
+from symbreak.files import home
 
 ROOT = home()
 sys.path.insert(0, str(ROOT / "tools"))

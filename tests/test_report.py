@@ -13,11 +13,12 @@ from check_links import Page, flaws
 
 from symbreak import cli, report
 from symbreak.claims import CLAIMS
+from symbreak.files import home
 from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from symbreak.profiles import PROFILES
 from symbreak.results import collect
 from symbreak.pages import differences, headline
-from symbreak.runs import Store, home
+from symbreak.runs import Store
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
                        "gg==")
@@ -218,7 +219,7 @@ def test_bad_profile_and_folder(capsys, tmp_path):
 
 def test_without_a_clone_the_error_comes_first_and_says_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("symbreak.runs.own_checkout", lambda: None)  # as an installed package
+    monkeypatch.setattr("symbreak.files.own_checkout", lambda: None)  # as an installed package
     monkeypatch.delenv("SYMBREAK_RUNS", raising=False)
     assert home() == tmp_path
     assert cli.main(["report", "--profile", "quick"]) == 2

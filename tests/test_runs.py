@@ -17,9 +17,10 @@ from PIL import Image
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.experiments import Request
-from symbreak.files import locked
-from symbreak.records import Run, RunFiles, check_files, read_checkpoint, read_lines, read_record, read_sealed
-from symbreak.runs import Store, default_store, execute, home, own_checkout
+from symbreak.files import home, locked, own_checkout
+from symbreak.outcome import Run
+from symbreak.records import RunFiles, check_files, read_checkpoint, read_lines, read_record, read_sealed
+from symbreak.runs import Store, default_store, execute
 from symbreak.train import train
 
 TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1,
@@ -199,7 +200,7 @@ def test_the_library_of_one_checkout_refuses_the_notebooks_of_another(tmp_path, 
     where = re.escape(str(tmp_path))
     with pytest.raises(ValueError, match=f"in the checkout {where}, but symbreak is imported from the checkout"):
         home()
-    monkeypatch.setattr("symbreak.runs.own_checkout", lambda: None)  # as an installed package
+    monkeypatch.setattr("symbreak.files.own_checkout", lambda: None)  # as an installed package
     assert home() == tmp_path
 
 

@@ -7,12 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symbreak import config as configuration
-from symbreak import records
+from symbreak import outcome, records
 from symbreak import train as training
 from symbreak.config import Config, learning_rate
 from symbreak.data import load
+from symbreak.outcome import Run
 from symbreak.provenance import weights_digest
-from symbreak.records import RunFiles
+from symbreak.records import RunFiles, whose
+from symbreak.runs import Store
 from symbreak.train import Trainer, run_epoch, train
 
 TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
@@ -159,14 +161,14 @@ def test_a_run_that_went_on_under_another_commit_says_so(tmp_path):
 
 
 def test_a_full_disk_at_the_very_end_loses_nothing(tmp_path, monkeypatch):
-    files, write = paused(tmp_path), records.write_json
+    files, write = paused(tmp_path), outcome.write_json
     def full(path, value):
         if path == files.record: raise OSError(28, "No space left on device")
         write(path, value)
-    monkeypatch.setattr(records, "write_json", full)
+    monkeypatch.setattr(outcome, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         train(TINY, files.folder)
-    monkeypatch.setattr(records, "write_json", write)
+    monkeypatch.setattr(outcome, "write_json", write)
     assert files.checkpoint.exists() and train(TINY, files.folder).metrics == train(TINY).metrics
 
 
@@ -188,3 +190,73 @@ def test_determinism_is_what_the_configuration_says(tmp_path):
     try: switches = train(replace(TINY, epochs=0)).record["switches"]
     finally: torch.use_deterministic_algorithms(False)
     assert switches["use_deterministic_algorithms"] == "off"
+
+
+LONG = replace(TINY, schedule="constant", warmup=2, measure_every=3, dropout=0.1, gradient_ulps=1, epochs=5)
+
+
+def same(one, other):
+    weights = other.load_model().state_dict()
+    assert one.metrics == other.metrics and one.record["digests"] == other.record["digests"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in one.model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{}, dict(measure_steps=40), dict(quotient=True, dropout=0.)])
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path, changes):
+    longer = replace(LONG, **changes)
+    straight = train(longer)
+    for epochs in (2, 4): train(replace(longer, epochs=epochs), tmp_path / "run")
+    told = []
+    train(longer, tmp_path / "run", report=lambda epoch, row: told.append(epoch))
+    run = Run.load(tmp_path / "run")
+    same(straight, run)
+    assert run.steps == straight.steps and told == [4, 5]
+    assert [then["config"]["epochs"] for then in run.record["earlier"]] == [2, 4]
+    assert whose(tmp_path / "run") == longer == run.config
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_was_paused(tmp_path):
+    shorter = replace(LONG, epochs=4)
+    assert train(shorter, tmp_path / "run", stop=lambda: True).record["status"] == "paused"
+    train(LONG, tmp_path / "run")
+    same(train(LONG), Run.load(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("died", ["before it had the folder", "before it had trained"])
+def test_a_longer_run_that_was_killed_at_once_loses_nothing(tmp_path, monkeypatch, died):
+    files = RunFiles(tmp_path / "run")
+    train(replace(LONG, epochs=3), files.folder)
+    def die(*_): raise SystemExit
+    with monkeypatch.context() as dying, pytest.raises(SystemExit):
+        if died == "before it had the folder": dying.setattr(records, "write_json", die)
+        else: dying.setattr(training, "run_epochs", die)
+        train(LONG, files.folder)
+    assert not records.is_finished(files.folder)
+    train(LONG, files.folder)
+    same(train(LONG), Run.load(files.folder))
+
+
+@pytest.mark.parametrize("changes, why", [
+    (dict(schedule="scaled"), "epochs is 2, asked for 5, but with schedule='scaled' its learning rates depend"),
+    (dict(epochs=6), "epochs is 6, asked for 5\\); use another folder"),
+    (dict(seed=1), "epochs is 2, asked for 5\\); use another folder"),
+    (dict(lr=1e30), "that is over \\(diverged\\) and has left no checkpoint to go on from"),
+])
+def test_what_cannot_go_on_says_why(tmp_path, changes, why):
+    shorter = replace(LONG, **dict(epochs=2) | changes)
+    train(shorter, tmp_path / "run")
+    longer = replace(shorter, epochs=5, seed=0)
+    with pytest.raises(ValueError, match=why): train(longer, tmp_path / "run")
+    assert Run.load(tmp_path / "run").config == shorter
+
+
+def test_a_store_goes_on_from_a_shorter_run_only_if_it_is_whole_and_of_the_same_images(tmp_path):
+    store, data = Store(tmp_path), load("digits", train_size=150, test_size=100)
+    kept = store.train(replace(LONG, epochs=3))
+    other = store.train(LONG, data=data)
+    assert "earlier" not in other.record and other.metrics == train(LONG, data=data).metrics
+    shutil.rmtree(store.folder(LONG))
+    checkpoint = store.shorter(LONG)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    assert "earlier" not in store.train(LONG).record
+    assert store.load(replace(LONG, epochs=3)).metrics == kept.metrics
