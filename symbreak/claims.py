@@ -251,5 +251,6 @@ def verdicts(figure: str, # experiment
     "The claims of a figure with their verdicts"
     request = Request(figure, profile)
     planned, enough = outline(request), min(3, seeds(request))
-    rows = [judge(c, table, planned, enough) for c in CLAIMS if c.figure == figure and c.is_meant_for(profile)]
+    claimed = [] if request.scale.of else [c for c in CLAIMS if c.figure == figure and c.is_meant_for(profile)]
+    rows = [judge(claim, table, planned, enough) for claim in claimed]
     return pd.DataFrame(rows, columns="figure statement band measured seeds margin verdict".split())

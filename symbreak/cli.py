@@ -39,13 +39,14 @@ def print_claims(tables: dict, # figure -> its tidy data
 ) -> int: # exit code
     "Print every claim of the tables with its verdict"
     from rich.table import Table
+    from symbreak.profiles import parts_of, titled
     from symbreak.verdicts import NOT_REPRODUCED, REPRODUCED
     rows, shown = judged(tables, profile), Table(title=f"Claims, profile {profile}", title_justify="left")
     colours = {REPRODUCED: "green", NOT_REPRODUCED: "red"}
     for column in rows.columns: shown.add_column(column, overflow="fold")
     for row in rows.astype(str).itertuples(index=False):
         shown.add_row(*row[:-1], f"[{colours.get(row.verdict, 'yellow')}]{row.verdict}")
-    console().print(shown)
+    console().print(shown if len(parts_of(profile)) == 1 else f"Nothing is claimed of a {titled(profile)}.")
     missing = [f"{name} ({table.attrs['missing']} runs)" for name, table in tables.items() if table.attrs["missing"]]
     if missing: console().print(f"Not finished: {', '.join(missing)}. The same command goes on.")
     return 1 if strict and (rows.verdict == NOT_REPRODUCED).any() else 0
@@ -62,6 +63,8 @@ class Reproduce:
     "auto, cpu, cuda or cuda:N; auto also accepts finished runs of other devices"
     data: str | None = None
     "data source in place of the profile's: digits, mnist, cifar10, cifar100 or folder:PATH"
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    "FIELD=VALUE, such as width=1, and as often as you like: a variant, kept apart from the figure itself"
     runs: Folder = None
     "where runs live; default: $SYMBREAK_RUNS or runs/"
     out: Folder = None
@@ -81,9 +84,12 @@ class Reproduce:
 
     def __call__(self) -> int:
         from symbreak.campaign import run
-        tables = run(self.figures, self.profile, self.device, self.data, self.runs, self.out, self.workers,
+        from symbreak.profiles import variant
+        from symbreak.values import parse_changes
+        profile = variant(self.profile, parse_changes(self.set))
+        tables = run(self.figures, profile, self.device, self.data, self.runs, self.out, self.workers,
                      self.budget_min, self.on_engine())
-        return print_claims(tables, self.profile, self.strict)
+        return print_claims(tables, profile, self.strict)
 
     def on_engine(self) -> "symbreak.jobs.Engine | None":
         "The engine that is asked for"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CPU_DTYPES', 'LEFT_OUT', 'EXPERIMENTS', 'epoch_rows', 'last_row', 'layer_rows', 'step_rows', 'table_row',
-           'digest_rows', 'survivor_row', 'rate_row', 'Experiment', 'offered', 'Request', 'seeds', 'plan', 'outline']
+           'digest_rows', 'survivor_row', 'rate_row', 'Experiment', 'check_varies', 'offered', 'Request', 'seeds',
+           'plan', 'outline']
 
 # %% ../nbs/21_experiments.ipynb #f65bd7fc
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from .operations import LARGE_MAPS, PARTS, SMALL_MAPS
 from .outcome import Run
 from .plans import (IS_X86, Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan,
                             rates_plan, skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
-from .profiles import Profile, find_profile, on_data
+from .profiles import Profile, find_profile, on_data, parts_of
 from .propagation import NETWORKS
 
 # %% ../nbs/21_experiments.ipynb #2320a5dd
@@ -116,9 +117,28 @@ EXPERIMENTS = {
 }
 
 # %% ../nbs/21_experiments.ipynb #b5fa8fe4
+def check_varies(name: str, profile: Profile) -> None:
+    "Raise ValueError unless a variant of a profile has other runs of an experiment than the profile itself"
+    make = EXPERIMENTS[name].plan
+    if make is None: raise ValueError(f"set: {name} is measured without training; allowed: figures that have runs")
+    theirs, ours = ({planned.config for planned in make(p)} for p in (find_profile(profile.of), profile))
+    for field_, value in profile.changes.items():
+        if not any(getattr(config, field_) == value for config in ours):
+            raise ValueError(f"set: {field_}={value}, but no run of {name} takes it: its plan has values of its own")
+    if ours == theirs:
+        said = " ".join(parts_of(profile.name)[1:])
+        raise ValueError(f"set: {said} is what {name} has at profile {profile.of} anyway")
+
+def _varies(name: str, profile: Profile) -> bool:
+    try: check_varies(name, profile)
+    except ValueError: return False
+    return True
+
 def offered(profile: str) -> tuple[str, ...]: # profile: its name
     "The experiments that exist at a profile"
-    return find_profile(profile).only or tuple(EXPERIMENTS)
+    found = find_profile(profile)
+    if found.of: return tuple(name for name in offered(found.of) if _varies(name, found))
+    return found.only or tuple(EXPERIMENTS)
 
 # %% ../nbs/21_experiments.ipynb #796d3eec
 @dataclass(frozen=True)
@@ -132,9 +152,12 @@ class Request:
     def __post_init__(self):
         if self.name not in EXPERIMENTS:
             raise ValueError(f"experiment: {self.name!r}; allowed: {', '.join(EXPERIMENTS)}")
-        if self.name not in (names := offered(self.profile)):
+        profile = find_profile(self.profile)
+        object.__setattr__(self, "profile", profile.name)  # one spelling
+        if self.name not in (names := offered(profile.of or profile.name)):
             raise ValueError(f"experiment: {self.name!r} at profile {self.profile}; "
                              f"allowed there: {', '.join(names)}")
+        if profile.of: check_varies(self.name, profile)
         resolve_device(self.device)
         if self.data is not None: object.__setattr__(self, "data", canonical(self.data))
 
@@ -153,7 +176,7 @@ def _placed(config: Config, device: str, seed: int) -> Config:
 
 def seeds(request: Request) -> int:
     "Runs per curve"
-    return request.experiment.seeds.get(request.profile, request.scale.seeds)
+    return request.experiment.seeds.get(request.scale.of or request.profile, request.scale.seeds)
 
 def plan(request: Request) -> list[Planned]: # seeds outermost; empty for a measurement
     "The runs that an experiment is made of"

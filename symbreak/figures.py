@@ -17,6 +17,7 @@ import pandas as pd
 from .claims import verdicts
 from .experiments import Request
 from .files import home
+from .profiles import parts_of, titled
 from .records import write_atomic
 from .results import everywhere, reproduce
 from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, in_full
@@ -72,7 +73,7 @@ def small_print(table: pd.DataFrame) -> str:
     p = table.attrs["provenance"]
     seeds = f"seeds {p['seeds'][0]}-{p['seeds'][-1]}" if p["seeds"] else "no seeds"
     unchecked = "images not at hand to compare" if table.attrs.get("unchecked") else ""
-    parts = [f"profile {p['profile']}", *(", ".join(p.get(k, ())) for k in ("data", "images")), unchecked,
+    parts = [titled(p["profile"]), *(", ".join(p.get(k, ())) for k in ("data", "images")), unchecked,
              ", ".join(p.get("device", ())),
              f"torch {', '.join(p['torch'])}", seeds, f"commit {', '.join(p['commit'])}"]
     return " | ".join(part for part in parts if part)
@@ -86,6 +87,8 @@ def save(fig, # matplotlib figure; its small print is added
     Path(files.folder).mkdir(parents=True, exist_ok=True)
     fig.supxlabel(small_print(table), fontsize=6, color="#555555", x=0.01, ha="left",
                   parse_math=False)  # a label may hold a $
+    profile = table.attrs["provenance"]["profile"]
+    if parts_of(profile)[1:]: fig.suptitle(f"Not the figure itself: {titled(profile)}", color="#a40e26", wrap=True)
     write_atomic(files.path("csv"), lambda f: table.to_csv(f, index=False, float_format="%.9g"))
     write_atomic(files.path("json"), lambda f: f.write((json.dumps(table.attrs, indent=1) + "\n").encode()))
     write_atomic(files.path("png"), lambda f: fig.savefig(f, format="png", metadata={"Software": None}))
@@ -133,6 +136,7 @@ class Exhibit:
         out: str | Path | None = None, # folder for its files; None: figures/<profile> of the checkout
     ):
         self.request = Request(name, profile, device, data)
+        profile = self.request.profile
         self.files = FigureFiles(name, Path(out)) if out else figure_files(name, profile)
         self.table = reproduce(name, profile, device, data)
 

@@ -54,7 +54,8 @@ def execute_notebook(notebook: Path, # stays as it is
                      half: Path, # where it is while it executes, and stays if it fails
                      whole: Path, # where it goes at last, in the same folder
                      parameters: dict, # name -> value, in place of those in the cell that is tagged `parameters`
-) -> None:
+                     tolerated: str = "", # name of the one exception at which a notebook may end
+) -> str: # where it ended with that; empty: at its end
     "Execute with parameters; the result appears under its name only when it is whole"
     import nbformat, papermill
     tags = {tag for cell in nbformat.read(notebook, 4).cells for tag in cell.metadata.get("tags", ())}
@@ -62,15 +63,19 @@ def execute_notebook(notebook: Path, # stays as it is
         raise ValueError(f"notebook: {notebook.name} has no cell tagged `parameters`; allowed: one that takes what it "
                          "is given")
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    early = ""
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, half))
     try:
         with kernel_settings() as settings, writing(half):
             papermill.execute_notebook(source, target, parameters, kernel_name="python3", language="python",
                                        progress_bar=False, cwd=str(Path.cwd()), config=settings)
     except papermill.PapermillExecutionError as e:
-        raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
+        early = f"{e.ename} in cell {e.cell_index}"
+        if e.ename != tolerated:
+            raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
     except RuntimeError as e:
         half.unlink(missing_ok=True)
         raise RuntimeError(f"notebook: the kernel that executed {notebook.name} was killed, or did not start (out of "
                            f"memory?): {e}; the same command goes on") from None
     os.replace(half, whole)
+    return early

@@ -158,7 +158,7 @@ MEASUREMENTS = {"fig02": Measurement(architecture, looks=False), "fig03": Measur
 # %% ../nbs/22_measurements.ipynb #b9365b30
 SHOWING = ("architecture", "campaign", "checking", "claims", "cli", "costs", "drawing", "figures", "growth_claims",
            "growth_plots", "headlines", "kernels", "machine_claims", "pages", "plots", "probe_plots", "probing",
-           "report", "results", "summaries", "sweeping", "terminal", "training", "verdicts", "_modidx")
+           "progress", "report", "results", "summaries", "sweeping", "terminal", "training", "verdicts", "_modidx")
 
 def source_digest(leave_out: tuple[str, ...] = ()) -> str:
     "sha256 of the library's source, 12 hex digits, but for the modules that are left out"

@@ -138,12 +138,13 @@ def told_apart(table: pd.DataFrame, # columns data, source
     shared = table.groupby("data").source.transform("nunique") > 1
     return table.assign(data=table.data.where(~shared, table.data + " [" + table.source + "]"))
 
-def everywhere(request: Request, # its profile does not matter
+def everywhere(request: Request, # its profile matters only if that is a variant, which stands alone
                store: Store | None = None, # where runs live; None: default_store()
 ) -> pd.DataFrame: # with a column `profile`
     "The tidy data of an experiment at all profiles and on all data sets on which it is finished; trains nothing"
     store, found = store or default_store(), []
-    for name, profile in PROFILES.items():
+    profiles = {request.profile: request.scale} if request.scale.of else PROFILES
+    for name, profile in profiles.items():
         if request.name not in offered(name): continue
         for source in dict.fromkeys((request.data or profile.base.data, profile.base.data, *DATA_SETS)):
             table = _collect(replace(request, profile=name, data=source), store).assign(profile=name, source=source)

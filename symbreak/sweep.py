@@ -11,13 +11,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
-from typing import get_args, get_type_hints
 
 from .config import Config
 from .jobs import STATES, Engine, Jobs, failure_file, failures, import_submitit, run_jobs, states
 from .runs import Store, default_store
+from .values import check_field, kinds_of, read_value
 
 # %% ../nbs/17_sweep.ipynb #2b8d7572
 def _values(name: str, given) -> list:
@@ -29,39 +29,19 @@ def _values(name: str, given) -> list:
 
 def grid_configs(base: Config, grid: dict[str, object]) -> list[Config]: # field -> value or values
     "`base` with every combination of the values; what is not a field, or does not go together, is an error"
-    known = [f.name for f in fields(Config)]
-    if unknown := [name for name in grid if name not in known]:
-        raise ValueError(f"grid: unknown field {unknown[0]!r}; allowed: {', '.join(known)}")
+    for name in grid: check_field(name, "grid")
     lists = [_values(name, given) for name, given in grid.items()]
     return list(dict.fromkeys(replace(base, **dict(zip(grid, values))) for values in product(*lists)))
 
 # %% ../nbs/17_sweep.ipynb #3821dfb5
-_WORDS = {"true": True, "false": False, "none": None}
-
-def _read(name: str, text: str, kinds: tuple[type, ...]) -> object: # kinds: those that the field may hold
-    "One value of a field"
-    if text.lower() in _WORDS and type(_WORDS[text.lower()]) in kinds: return _WORDS[text.lower()]
-    for kind in (int, float, str):
-        if kind not in kinds: continue
-        try: return kind(text)
-        except ValueError: pass
-    allowed = [kind.__name__ for kind in kinds if kind is not type(None)] + ["none"] * (type(None) in kinds)
-    raise ValueError(f"grid: {name}={text}; allowed: {' or '.join(allowed)}")
-
-def _kinds(name: str) -> tuple[type, ...]:
-    "The types that a field of Config may hold"
-    hint = get_type_hints(Config)[name]
-    inside = get_args(hint) or (hint,)
-    return tuple(value if isinstance(value, type) else type(value) for value in inside)
-
 def _read_all(name: str, text: str) -> list:
     "The values between commas, and the rows of whole numbers between their ends"
-    kinds, values = _kinds(name), []
+    kinds, values = kinds_of(name), []
     for part in text.split(","):
         first, dots, last = part.partition("..")
         is_row = dots and int in kinds and float not in kinds
-        ends = [_read(name, end, (int,)) for end in (first, last)] if is_row else []
-        values += range(ends[0], ends[1] + 1) if is_row else [_read(name, part, kinds)]
+        ends = [read_value(name, end, "grid", (int,)) for end in (first, last)] if is_row else []
+        values += range(ends[0], ends[1] + 1) if is_row else [read_value(name, part, "grid")]
     return values
 
 # %% ../nbs/17_sweep.ipynb #bdf82bd1
@@ -72,7 +52,7 @@ def parse_grid(text: str) -> dict[str, list]: # field -> its values
         name, is_given, values = part.partition("=")
         if not is_given: raise ValueError(f"grid: {part!r}; allowed: FIELD=VALUE,VALUE or FIELD=FIRST..LAST")
         if name in grid: raise ValueError(f"grid: {name!r} twice; allowed: once, with all its values between commas")
-        grid_configs(Config(), {name: []} if name not in get_type_hints(Config) else {})  # is it a field?
+        check_field(name, "grid")
         grid[name] = _read_all(name, values)
     return grid
 
