@@ -22,7 +22,7 @@ from pandas import DataFrame
 
 from .config import Config
 from .experiments import Request, offered, plan
-from .files import locked, user_path
+from .files import advice, locked, user_path
 from .figures import FigureFiles, figure_files, find_notebook
 from .jobs import Engine, failure_file, failures, run_jobs
 from .measurements import source_digest
@@ -106,8 +106,7 @@ def check_writable(folder: Path, option: str) -> None:
         try: probe.write_bytes(bytes(4096))
         finally: probe.unlink(missing_ok=True)
     except OSError as e:
-        raise OSError(f"folder: cannot write to {folder} ({e.strerror}); free some space, or choose another with "
-                      f"{option}") from None
+        raise OSError(f"folder: cannot write to {folder} ({e.strerror}); {advice(e)} with {option}") from None
 
 @dataclass(frozen=True)
 class Campaign:

@@ -9,6 +9,7 @@ __all__ = ['IMAGES', 'MUST_AGREE', 'MAY_AGREE', 'Images', 'images', 'NetworkCost
 # %% ../nbs/27_costs.ipynb #d05b50f1
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -129,7 +130,10 @@ def rate(config: Config, device: str, timed: list[Timed]) -> float | None: # Non
 def timed_runs(store: Store) -> list[Timed]:
     "How fast all finished runs of a store and its archives were"
     folders = [p.parent for place in (store.root, *store.archives) for p in Path(place).glob("*/record.json")]
-    runs = [Run.load(folder) for folder in folders if is_finished(folder)]
+    runs = []
+    for folder in folders:
+        with suppress(ValueError):  # damaged: of no use here, and named by what needs it
+            if is_finished(folder): runs.append(Run.load(folder))
     return [Timed(run.config, run.record["device_name"], flop(run.config) / run.record["wall_s"]) for run in runs
             if run.record["status"] == "finished" and not run.record.get("earlier") and run.record["wall_s"] > 0]
 

@@ -209,6 +209,7 @@ def held(folder: Path | None, # None: nothing to hold
     files = RunFiles(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(files.lock, f"the run in {folder}"):
+        for left in folder.glob(".*.tmp"): left.unlink(missing_ok=True)  # nobody else writes here any more
         if goes_on := check_folder(folder, config):
             for path in (files.record, files.model): path.unlink(missing_ok=True)
         if goes_on or not files.config.exists(): write_json(files.config, asdict(config))

@@ -20,7 +20,7 @@ from symbreak.diversity import distinct_features
 from symbreak.nets import ConstNet, LeakyNet, weight_layers
 from symbreak.numerics import numerics
 from symbreak.provenance import weights_digest
-from symbreak.reduction import (GRANULARITIES, RandomReductionConv2d, random_reduction_,
+from symbreak.reduction import (GRANULARITIES, RandomReductionConv2d, atomic_reduction_, random_reduction_,
                                 sum_atomically, sum_in_random_order)
 
 NULL = [(4, "global"), (3, "global"), (2, "element"), (2, "row"), (2, "tile"), (1, "element")]
@@ -441,3 +441,16 @@ def test_atomic_additions_that_would_be_made_in_order_are_refused(changes, reaso
 @pytest.mark.parametrize("changes", [dict(quotient=True), dict(compile=True)])
 def test_what_does_not_go_with_atomic_additions(changes):
     with pytest.raises(ValueError, match="'atomic'"): Config(reduction="atomic", threads=2, **changes)
+
+
+def test_a_convolution_that_adds_up_in_another_way_forgets_the_first():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3))
+    [conv], fresh = model, torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3))
+    conv.mine = "kept"
+    random_reduction_(model, 3, "row", torch.Generator())
+    atomic_reduction_(model)
+    atomic_reduction_(fresh)
+    assert vars(conv).keys() - vars(fresh[0]).keys() == {"mine"}
+    random_reduction_(model, 5)
+    assert (conv.chunks, conv.granularity, conv.generator, conv.mine) == (5, "element", None, "kept")
+    assert not hasattr(conv, "threads")

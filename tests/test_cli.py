@@ -12,6 +12,7 @@ import torch
 from symbreak import cli
 from symbreak.config import Config
 from symbreak.experiments import Request, plan
+from symbreak.records import RunFiles
 from symbreak.train import train
 
 SMALL = ["--depth", "7", "--width", "1", "--epochs", "2", "--train-size", "200", "--test-size", "100"]
@@ -186,3 +187,22 @@ def test_list_and_report(capsys, tmp_path, monkeypatch):
     assert code == 0 and "fig04" in printed.out and f"0/{len(plan(Request('fig04')))}" in printed.out
     code, printed = run(capsys, "report", "--profile", "quick", "--strict", "--out", tmp_path / "report")
     assert code == 0 and "not tested" in printed.out  # untested is not failed
+
+
+def test_list_names_what_is_damaged_and_goes_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
+    record = RunFiles(tmp_path / plan(Request("fig05"))[0].config.hash).record  # of fig04 too, and named once
+    record.parent.mkdir()
+    record.write_text("null")
+    assert cli.main(["list"]) == 0
+    said = capsys.readouterr()
+    assert "abl04" in said.out and said.err.count(f"symbreak: not counted: {record}: damaged") == 1
+
+
+def test_train_goes_on_with_more_epochs_and_leaves_the_shorter_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
+    options = [*SMALL, "--schedule", "constant"]
+    for folder in ([], ["--folder", str(tmp_path / "own")]):
+        for epochs in ("1", "2"): assert cli.main(["train", *options, "--epochs", epochs, *folder]) == 0
+        assert "going on after epoch 1 of 2" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -414,3 +414,27 @@ def test_a_class_is_never_left_without_an_image():
                 assert re.search(rf"{argument}: {size} leaves no image of class .*'emu' \(5 of 565 images\)", str(e))
                 assert size < 113
             else: assert getattr(taken, argument.replace("size", "labels")).bincount().min() > 0
+
+
+def test_what_a_killed_download_has_left_is_taken_away_by_the_next(cifar, tmp_path):
+    mirror, cache = cifar[0], tmp_path / "cache"
+    cache.mkdir()
+    code = ("import os, sys; from pathlib import Path; from symbreak.files import temporary_folder\n"
+            "with temporary_folder(Path(sys.argv[1]), '.download-') as folder:\n"
+            "    (folder / 'half').touch(); os.kill(os.getpid(), 9)")
+    subprocess.run([sys.executable, "-c", code, str(cache)])
+    assert [path.name for path in cache.glob(".download-*/half")] == ["half"]
+    load("cifar10", cache=cache, mirror=mirror.as_uri(), progress=False)
+    assert not list(cache.glob(".download-*"))
+
+
+def test_a_relative_folder_is_found_in_the_checkout_of_the_library_from_anywhere(tmp_path, monkeypatch):
+    here, own = tmp_path / "here", tmp_path / "own"
+    here.mkdir()
+    pets = own / "data" / "pets"
+    write_folder(pets)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("symbreak.cache.own_checkout", lambda: own)
+    assert load("folder:data/pets", tmp_path, progress=False).digest == load(f"folder:{pets}", tmp_path).digest
+    with pytest.raises(DataError, match=f"data/cats: no such folder in {here}, {own} or the cache; expected one with"):
+        load("folder:data/cats", tmp_path)

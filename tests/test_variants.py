@@ -83,7 +83,7 @@ def test_no_page_knows_of_a_variant(made, capsys, tmp_path, monkeypatch):
     (["fig04", "--set", "seed=1"], "set: seed=1, but every curve has seeds 0, 1, ..."),
     (["fig03", "--set", "width=1"], "set: fig03 is measured without training"),
     (["abl03", "--set", "epochs=9"], "set: epochs=9, but no run of abl03 takes it"),
-    (["--set", "rerun=1"], "set: no figure has other runs"),
+    (["--set", "momentum=0.9"], "set: no figure has other runs"),
 ])
 def test_what_is_no_variant_is_refused_before_anything_is_made(capsys, tmp_path, options, says):
     assert cli.main(["reproduce", *options, "--runs", f"{tmp_path}/runs", "--out", f"{tmp_path}/figures"]) == 2
@@ -98,10 +98,10 @@ def test_a_variant_has_the_curves_of_the_figure(profile):
 
 
 def test_an_interrupted_campaign_says_where_each_of_its_runs_goes_on(tmp_path):
-    command = [sys.executable, "-m", "symbreak", "reproduce", "abl01", "--set", "train_size=20", "--workers", "2",
+    command = [sys.executable, "-m", "symbreak", "reproduce", "abl01", "--set", "lr=0.06", "--workers", "2",
                "--runs", tmp_path / "runs", "--out", tmp_path / "figures"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(list(Path(tmp_path, "runs").glob("*/checkpoint.pt"))) < 2: time.sleep(0.2)
+    while process.poll() is None and len(list(Path(tmp_path, "runs").glob("*/checkpoint.pt"))) < 2: time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].splitlines()[-1]
     assert process.returncode == 130 and said.startswith("symbreak: interrupted; the same command goes on after epoch ")
