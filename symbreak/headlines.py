@@ -17,6 +17,7 @@ import pandas as pd
 from .claims import CLAIMS, verdicts as judged
 from .experiments import offered
 from .figures import figure_files, read_table
+from .files import home
 from .profiles import PROFILES
 from .results import collect
 from .runs import Store
