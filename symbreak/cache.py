@@ -50,12 +50,18 @@ def tensors_digest(*tensors: Tensor, # of any shape, on any device, of a dtype t
     return h.hexdigest()
 
 # %% ../nbs/10_cache.ipynb #2331bf20
+def _digests(content):
+    "Of the tensors alone, as files once had it, and of all there is"
+    tensors = tensors_digest(*(content[name] for name in TENSORS))
+    rest = {name: value for name, value in content.items() if name not in TENSORS}
+    return tensors, hashlib.sha256(f"{tensors} {rest}".encode()).hexdigest()
+
 def _read(path, key):
     "What `cached` stored in `path`, or None if there is nothing, or something made from other data"
     if not path.exists(): return None
     try:
         stored = torch.load(path, weights_only=True)
-        intact = stored["digest"] == tensors_digest(*(stored["content"][k] for k in TENSORS))
+        intact = stored["digest"] in _digests(stored["content"])
     except Exception: intact = False  # a damaged file makes torch.load raise a dozen different types
     if not intact: raise DataError(f"{path}: damaged cache file; delete it, and it is made again")
     return stored["content"] if stored["key"] == key else None
@@ -73,7 +79,7 @@ def _writing(folder):
 def _store(path, key, content):
     "Write a cache file under another name, then rename it"
     part = path.with_suffix(".part")
-    stored = dict(key=key, content=content, digest=tensors_digest(*(content[k] for k in TENSORS)))
+    stored = dict(key=key, content=content, digest=_digests(content)[1])
     try:
         with _writing(path.parent):
             with open(part, "wb") as out: torch.save(stored, out)
@@ -273,7 +279,9 @@ def _tensors(split):
 def _unpacked(cls, cache, mirror, progress):
     "Images and labels for training and for testing, as torchvision unpacks them"
     archives, bases, folder = _archives(cls)
-    with TemporaryDirectory(dir=cache, prefix=".download-") as tmp:
+    prefix = f".download-{cls.__name__}-"  # nobody else is at this data set: `cached` holds its lock
+    for left in cache.glob(f"{prefix}*"): shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=cache, prefix=prefix) as tmp:
         raw = Path(tmp) / folder
         raw.mkdir(parents=True, exist_ok=True)
         for file, md5 in archives: _fetch(raw / file, md5, [mirror] if mirror else bases, cache / file, progress)
