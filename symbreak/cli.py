@@ -147,19 +147,26 @@ class List:
         from symbreak.experiments import EXPERIMENTS
         from symbreak.profiles import PROFILES
         shown = Table("experiment", "title", *PROFILES, title="Finished runs", title_justify="left")
+        damaged = {}  # what is wrong with records, each once
         for name, experiment in EXPERIMENTS.items():
-            shown.add_row(name, experiment.title, *(self.finished(name, profile) for profile in PROFILES))
+            shown.add_row(name, experiment.title, *(self.finished(name, profile, damaged) for profile in PROFILES))
         console().print(shown)
         for profile in PROFILES.values(): console().print(f"{profile.name}: {profile.says}")
+        for problem in damaged: console().print(problem, markup=False, soft_wrap=True)
         return 0
 
-    def finished(self, name: str, profile: str) -> str: # such as "3/24", or "measured"
-        "How many runs of an experiment are finished"
+    def finished(self, name: str, profile: str, damaged: dict) -> str: # such as "3/24", or "measured"
+        "How many runs of an experiment are finished; what is wrong with others becomes a key of `damaged`"
         from symbreak.experiments import Request, offered, plan
         if name not in offered(profile): return "-"
         from symbreak.runs import default_store
         planned, store = plan(Request(name, profile, self.device)), default_store()
-        return f"{sum(store.find(p.config) is not None for p in planned)}/{len(planned)}" if planned else "measured"
+        def is_there(config):
+            try: return store.find(config) is not None
+            except ValueError as e:
+                damaged[str(e)] = config
+                return False
+        return f"{sum(is_there(p.config) for p in planned)}/{len(planned)}" if planned else "measured"
 
 # %% ../nbs/34_cli.ipynb #9c1093f4
 def check_verb() -> type:

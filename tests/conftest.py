@@ -27,7 +27,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    settings.load_profile("soak" if config.getoption("--soak") else "short")
+    soak = config.getoption("--soak")
+    settings.load_profile("soak" if soak else "short")
+    config.addinivalue_line("markers", "soak: takes long, and is left to `make soak`")
+    if not soak and not config.option.markexpr: config.option.markexpr = "not soak"
 
 
 @pytest.fixture

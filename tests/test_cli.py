@@ -12,6 +12,8 @@ import torch
 from symbreak import cli
 from symbreak.config import Config
 from symbreak.experiments import Request, plan
+from symbreak.records import RunFiles
+from symbreak.runs import Store
 from symbreak.train import train
 
 SMALL = ["--depth", "7", "--width", "1", "--epochs", "2", "--train-size", "200", "--test-size", "100"]
@@ -184,5 +186,11 @@ def test_list_and_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
     code, printed = run(capsys, "list")
     assert code == 0 and "fig04" in printed.out and f"0/{len(plan(Request('fig04')))}" in printed.out
+    damaged = RunFiles(Store(tmp_path).folder(plan(Request("fig04"))[0].config)).record
+    damaged.parent.mkdir()
+    damaged.write_text("null")
+    code, listed = run(capsys, "list")
+    assert code == 0 and listed.out.startswith(printed.out) and listed.out.count(f"{damaged}: damaged, ") == 1
+    damaged.unlink()
     code, printed = run(capsys, "report", "--profile", "quick", "--strict", "--out", tmp_path / "report")
     assert code == 0 and "not tested" in printed.out  # untested is not failed
