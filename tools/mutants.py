@@ -109,7 +109,8 @@ def run(module: str, places: int, seed: int, timeout: int) -> list[str]: # how e
     folder = copy(module)
     settings, session = folder / "mutants.toml", folder / "mutants.sqlite"
     settings.write_text(SETTINGS.format(module=module, timeout=timeout, python=sys.executable), encoding="utf-8")
-    def cosmic_ray(*command): subprocess.run(["cosmic-ray", *command, settings, session], cwd=folder, check=True)
+    def cosmic_ray(command):
+        subprocess.run([sys.executable, "-m", "cosmic_ray.cli", command, settings, session], cwd=folder, check=True)
     cosmic_ray("init")
     with use_db(session) as db:
         chosen = draw(list(db.work_items), places, seed)
