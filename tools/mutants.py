@@ -102,7 +102,7 @@ def draw(items: list, places: int, seed: int) -> set[str]: # job ids
     return {chance.choice(by_place[place]) for place in chance.sample(sorted(by_place), min(places, len(by_place)))}
 
 
-def run(module: str, places: int, seed: int, timeout: int, trusting: bool) -> list[str]: # how each has fared
+def run(module: str, places: int, seed: int, timeout: int) -> list[str]: # how each has fared
     """Try mutants of a module, and write down what survived."""
     from cosmic_ray.work_db import use_db
     from cosmic_ray.work_item import WorkerOutcome, WorkResult
@@ -120,7 +120,7 @@ def run(module: str, places: int, seed: int, timeout: int, trusting: bool) -> li
     with use_db(session) as db:
         found = [(outcome(result), result.diff) for job, result in db.results if job in chosen]
     survivors = "\n\n".join(diff for fared, diff in found if fared == "survived")
-    if not survivors and not trusting:  # or else the guards have shown that they let something pass
+    if not survivors:  # or else the guards have shown that they let something pass
         guarded = subprocess.run([sys.executable, "tools/mutants.py", "guard", module], cwd=folder, capture_output=True)
         if guarded.returncode: raise RuntimeError(f"{module}: fails without any mutant\n{guarded.stdout.decode()}")
     (BUILD / f"{module}.diff").write_text(survivors, encoding="utf-8")
@@ -153,13 +153,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=240, help="seconds for one mutant; longer counts as caught")
     parser.add_argument("--workers", type=int, default=2, help="modules at once")
-    parser.add_argument("--trusting", action="store_true", help="take it that without a mutant nothing fails")
     options = parser.parse_args()
     if unknown := set(options.modules) - set(GUARDS):
         parser.error(f"MODULE: {', '.join(unknown)}; allowed: {', '.join(GUARDS)}")
     if options.what == "guard": return [guard(module) for module in options.modules] and 0
     return sample(options.modules or list(GUARDS), options.workers, places=options.places, seed=options.seed,
-                  timeout=options.timeout, trusting=options.trusting)
+                  timeout=options.timeout)
 
 
 if __name__ == "__main__":
