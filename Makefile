@@ -1,5 +1,7 @@
 # make reproduce   every figure and the table of claims at profile quick, in minutes on two CPU cores
 # make test        everything that guards the package: the notebooks, with the outputs that they hold, and tests/
+# make soak     for an hour or less, with other examples each time: kills, full disks, flipped bits, any input
+# make mutants  in an hour: does something fail for small faults in the library? (MUTANTS='train runs --seed 1')
 # make check       in seconds: notebooks clean and exported, lint, and the statistics of the house
 # make lab         JupyterLab on the notebooks, in reading order
 # make notebooks   exports the library, then executes the notebooks again, in place
@@ -13,7 +15,7 @@ BIN := .venv/bin
 # One thread per process: several processes with one thread each beat one with several, and threads are part of the arithmetic.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce test check lab notebooks docs look hooks clean
+.PHONY: reproduce test soak mutants check lab notebooks docs look hooks clean
 
 reproduce: .venv/installed
 	$(BIN)/symbreak reproduce
@@ -21,6 +23,12 @@ reproduce: .venv/installed
 test: .venv/installed
 	$(BIN)/python tools/notebooks.py test nbs/*.ipynb
 	$(BIN)/pytest
+
+soak: .venv/installed
+	$(BIN)/pytest --soak tests/test_soak.py tests/test_damage.py tests/test_any_input.py
+
+mutants: .venv/installed-mutants
+	$(BIN)/python tools/mutants.py sample $(MUTANTS)
 
 # Notebooks are clean, and the library is what they export. Works on a copy, so that it changes nothing here.
 check: .venv/installed
@@ -57,6 +65,10 @@ hooks: .venv/installed
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.venv/installed-mutants: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	touch $@
 
 .venv/installed: constraints.txt settings.ini setup.py

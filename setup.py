@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(HERE / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-EXTRAS = ["dev", "docs", "slurm"]
+EXTRAS = ["dev", "docs", "slurm", "mutants"]
 
 setup(
     name=cfg["lib_name"],

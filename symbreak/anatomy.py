@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .diversity import distinct_features, evaluating
+from .diversity import distinct_features
 from .init import identity_
 from .nets import feature_modules, layer_outputs, weight_layers
+from .propagation import evaluating
 
 # %% ../nbs/04a_anatomy.ipynb #44307c47
 @torch.no_grad()

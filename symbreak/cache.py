@@ -49,12 +49,18 @@ def tensors_digest(*tensors: Tensor, # of any shape, on any device, of a dtype t
     return h.hexdigest()
 
 # %% ../nbs/10_cache.ipynb #2331bf20
+def _digests(content):
+    "Of the tensors alone, as files once had it, and of all there is"
+    tensors = tensors_digest(*(content[name] for name in TENSORS))
+    rest = {name: value for name, value in content.items() if name not in TENSORS}
+    return tensors, hashlib.sha256(f"{tensors} {rest}".encode()).hexdigest()
+
 def _read(path, key):
     "What `cached` stored in `path`, or None if there is nothing, or something made from other data"
     if not path.exists(): return None
     try:
         stored = torch.load(path, weights_only=True)
-        intact = stored["digest"] == tensors_digest(*(stored["content"][k] for k in TENSORS))
+        intact = stored["digest"] in _digests(stored["content"])
     except Exception: intact = False  # a damaged file makes torch.load raise a dozen different types
     if not intact: raise DataError(f"{path}: damaged cache file; delete it, and it is made again")
     return stored["content"] if stored["key"] == key else None
@@ -72,7 +78,7 @@ def _writing(folder):
 def _store(path, key, content):
     "Write a cache file under another name, then rename it"
     part = path.with_suffix(".part")
-    stored = dict(key=key, content=content, digest=tensors_digest(*(content[k] for k in TENSORS)))
+    stored = dict(key=key, content=content, digest=_digests(content)[1])
     try:
         with _writing(path.parent):
             with open(part, "wb") as out: torch.save(stored, out)

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['JUDGED', 'distinct_features', 'weight_correlation', 'check_known', 'asymmetry', 'layer_asymmetry', 'layer_distinct',
-           'effective_width', 'evaluating', 'layer_effective_width', 'measure']
+           'effective_width', 'layer_effective_width', 'measure']
 
 # %% ../nbs/04_diversity.ipynb #ad638462
 import math
-import sys
-from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .init import choose
 from .nets import (ConstNet, DeltaOrthogonalNet, FixupBlock, LeakyBlock, LeakyNet, UniqueFeatureMLP,
                            WeightLayer, WideResNet, layer_outputs, weight_layers)
-from .propagation import double, unit_rows_
+from .propagation import double, evaluating, unit_rows_
 
 # %% ../nbs/04_diversity.ipynb #44512a7c
 def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 dimension, any dtype, no NaN
@@ -68,8 +66,7 @@ def _groups(rows: Tensor, atol: float) -> int:
     "Number of groups within `atol` of the first row that no earlier group took"
     count = 0
     if not rows.is_floating_point(): rows = rows.double()  # where differences do not wrap around
-    while len(rows):
-        rows, count = rows[((rows - rows[0]).abs() > atol).any(1)], count + 1
+    while len(rows): rows, count = rows[((rows - rows[0]).abs() > atol).any(1)], count + 1
     return count
 
 # %% ../nbs/04_diversity.ipynb #ba337758
@@ -171,22 +168,26 @@ def check_known(model: nn.Module) -> None:
         raise ValueError(f"model: {type(model).__name__} has no parameters; allowed: a network with features")
 
 # %% ../nbs/04_diversity.ipynb #c40d565f
-def _spread(orbits: list[Tensor], device: torch.device) -> Tensor:
-    "Squared distance from the symmetric part, largest distance from the first copy, squared norm"
-    total = torch.zeros(3, device=device, dtype=double(torch.zeros((), device=device)).dtype)
-    for gap in map(double, orbits):
-        norm = gap.flatten().dot(gap.flatten())
-        gap -= gap[:1].clone()
-        largest = torch.maximum(gap.amax(), -gap.amin())
-        gap -= gap.mean(0)
-        distance = gap.flatten().dot(gap.flatten())
-        total = torch.stack([total[0] + distance, torch.maximum(total[1], largest), total[2] + norm])
-    return total
+_TINY = torch.finfo(torch.float64).tiny  # the smallest number that keeps all its digits
 
-def _ratio(distance: float, gap: float, norm: float) -> float:
+def _spread(orbits: list[Tensor], device: torch.device) -> Tensor:
+    "Squared distance from the symmetric part, 0 if copies are equal, squared norm; exponent of the unit they are in"
+    orbits, found = [double(orbit) for orbit in orbits], double(torch.zeros(4, device=device))
+    largest = torch.stack([found[0], *(end.abs() for orbit in orbits for end in orbit.aminmax())]).amax()
+    found[3] = (torch.frexp(largest.clamp(min=_TINY)).exponent / 400).round().mul(400).clamp(-1000, 1000)
+    for gap in orbits:
+        gap *= torch.ldexp(torch.ones_like(found[3]), -found[3])
+        found[2] += gap.flatten().dot(gap.flatten())
+        gap -= gap[:1].clone()
+        found[1] += sum(end.abs() for end in gap.aminmax())
+        gap -= gap.mean(0)
+        found[0] += gap.flatten().dot(gap.flatten())
+    return found
+
+def _ratio(distance: float, differ: float, norm: float, *_) -> float:
     "Asymmetry from squares; a gap too small to be squared still counts, as the smallest normal number"
-    if gap == 0: return 0.
-    return max(math.sqrt(distance / norm) if norm else 0., sys.float_info.min)
+    if not differ: return 0.
+    return max(math.sqrt(distance / norm) if norm else 0., _TINY)
 
 # %% ../nbs/04_diversity.ipynb #11020e01
 def _spreads(model: nn.Module) -> Tensor:
@@ -195,7 +196,9 @@ def _spreads(model: nn.Module) -> Tensor:
     layers = weight_layers(model)
     device = layers[0].module.weight.device
     each = torch.stack([_spread(_orbits(layer), device) for layer in layers] + [_spread(_norm_orbits(model), device)])
-    return torch.cat([each[:-1], torch.stack([each[:, 0].sum(), each[:, 1].amax(), each[:, 2].sum()])[None]])
+    top = each[:, 3].amax()
+    squares = each * torch.ldexp(torch.ones_like(top), 2 * (each[:, 3:] - top))
+    return torch.cat([each[:-1], torch.stack([squares[:, 0].sum(), each[:, 1].amax(), squares[:, 2].sum(), top])[None]])
 
 def asymmetry(model: nn.Module, # a network of `symbreak.nets`, or its quotient; raises ValueError for any other
 ) -> float: # 0 <= it <= 1; 0 exactly iff all parameters equal their symmetric copies (bitwise, but 0.0 == -0.0)
@@ -232,24 +235,14 @@ def effective_width(activations: Tensor, # (n, c, h, w), (n, c), (n, tokens, c) 
 def _effective_width(activations: Tensor, dim: int = 1) -> Tensor:
     "The same as a 0-d tensor, with no host sync"
     x = double(activations.movedim(dim, 0)).flatten(1)
-    x -= x[:, :1].clone()  # dead channels become exactly zero
+    if activations.dtype == x.dtype: x *= torch.where(torch.stack(x.aminmax()).abs().amax() > 1e300, 0.5, 1.)
+    x -= x[:, :1].clone()  # dead channels become exactly zero, and at half the size nothing overflows
     top = torch.maximum(x.amax(), -x.amin())
     x /= torch.where(top == 0, 1., top)  # squares of squares must not underflow
     x -= x.mean(1, keepdim=True)
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     size = gram.square().sum()
     return torch.where(size == 0, 0., gram.trace().square() / size)
-
-# %% ../nbs/04_diversity.ipynb #7409d4e7
-@contextmanager
-def evaluating(model: nn.Module):
-    "Evaluation mode and no gradients inside, the modes as they were afterwards"
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for module, mode in modes.items(): module.training = mode
 
 # %% ../nbs/04_diversity.ipynb #5c22c6b7
 def _together(tensors: dict) -> dict:

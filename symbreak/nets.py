@@ -8,7 +8,6 @@ __all__ = ['STRIDES', 'conv3x3', 'blocks', 'ConstBlock', 'ConstNet', 'LeakyBlock
            'WeightLayer', 'weight_layers']
 
 # %% ../nbs/02_nets.ipynb #e1a96db2
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .init import averaging_, choose, delta_orthogonal_, he_, identity_, leaky_normal_, parse_init
+from .init import (averaging_, check_number, choose, delta_orthogonal_, he_, identity_, leaky_normal_,
+                           parse_init)
 
 # %% ../nbs/02_nets.ipynb #e3688370
 STRIDES = (1, 2, 2)
@@ -37,13 +37,8 @@ def _check_counts(**counts: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10 ** 6:
             raise ValueError(f"{name}: {value!r}; allowed: a whole number >= 1, at most a million")
 
-def _check_number(name: str, value: float, fits: Callable[[float], bool], allowed: str) -> None:
-    "Raise unless `value` is a number, and one that fits; True is none"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        raise ValueError(f"{name}: {value!r}; allowed: {allowed}")
-
 def _check_dropout(dropout: float) -> None:
-    _check_number("dropout", dropout, lambda p: 0 <= p < 1, "0 <= dropout < 1")
+    check_number("dropout", dropout, lambda p: 0 <= p < 1, "0 <= dropout < 1")
 
 def _check_images(x: Tensor, in_channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_channels or min(x.shape[2:]) < 8:
@@ -165,7 +160,7 @@ class LeakyNet(_Staged):
         n = _blocks_per_stage(depth)
         letters = parse_init(init, 3 * n)
         _check_dropout(dropout)
-        _check_number("slope", slope, lambda a: 1e-30 <= a < 1, "0 < slope < 1, and not below 1e-30")
+        check_number("slope", slope, lambda a: 1e-30 <= a < 1, "0 < slope < 1, and not below 1e-30")
         odd = iter([False, True] * (3 * n))
         super().__init__(width, num_classes, in_channels, n,
                          lambda *shape: LeakyBlock(*shape, slope=slope, odd=next(odd), dropout=dropout))
@@ -206,7 +201,7 @@ class UniqueFeatureMLP(nn.Module):
         super().__init__()
         _check_counts(in_features=in_features, width=width, num_classes=num_classes, distinct=distinct)
         if distinct > width: raise ValueError(f"distinct: {distinct}; allowed: 1 <= distinct <= width = {width}")
-        _check_number("noise", noise, lambda sd: 0 <= sd <= 1e30, ">= 0, at most 1e30")
+        check_number("noise", noise, lambda sd: 0 <= sd <= 1e30, ">= 0, at most 1e30")
         self.hidden = nn.Linear(in_features, width)
         self.head = nn.Linear(width, num_classes)
         for zero in (self.hidden.bias, self.head.weight, self.head.bias): nn.init.zeros_(zero)

@@ -84,10 +84,12 @@ def numerics(deterministic: bool | None = None, # reruns are bit-identical (impl
 
 # %% ../nbs/04a_numerics.ipynb #ebf89710
 @contextmanager
-def cpu_threads(count: int): # >= 1
+def cpu_threads(threads: int): # >= 1
     "So many threads of the CPU share an operation, for the length of a `with` block"
+    if type(threads) is not int or not 1 <= threads <= 4096:
+        raise ValueError(f"threads: {threads!r}; allowed: a whole number from 1 to 4096")
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try: yield
     finally: torch.set_num_threads(before)
 

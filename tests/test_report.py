@@ -5,10 +5,13 @@ import re
 from html import unescape
 from importlib.resources import files
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from check_links import Page, flaws
 
 from symbreak import cli, report
@@ -17,7 +20,8 @@ from symbreak.files import home
 from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from symbreak.profiles import PROFILES
 from symbreak.results import collect
-from symbreak.pages import differences, headline
+from symbreak.figures import Exhibit, FigureFiles, Verdicts
+from symbreak.pages import asset, differences, headline
 from symbreak.runs import Store
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -247,3 +251,51 @@ def test_the_checker_accepts_links_out_and_within(tmp_path):
     links = "<a href='https://a.example'>x</a><a href='#a'>y</a><a href='page.html#a'>z</a>"
     (tmp_path / "page.html").write_text(f"<html lang='en'><p id='a'>{links}")
     assert flaws(tmp_path) == []
+
+
+# what a label may hold
+
+HOSTILE = """<script>alert("1")</script>'&amp;--><img src=x onerror=alert(1)>"""
+
+
+def harmless(html):
+    """Neither elements nor attributes come from the label, which is there to be read, if anywhere."""
+    soup = BeautifulSoup(html, "html.parser")
+    scripts = [script.string for script in soup.find_all("script")]
+    return scripts in ([], [asset("filter.js")]) and not soup.select("[onerror], [src=x]")
+
+
+def test_labels_are_escaped_on_every_page(results):
+    tmp_path, quick = results
+    facts = provenance() | dict(data=[HOSTILE], device=[HOSTILE], torch=[HOSTILE], commit=[HOSTILE], images=[HOSTILE])
+    for table in quick.values(): table.attrs.update(provenance=facts, incomplete=[HOSTILE], unchecked=[HOSTILE])
+    folder = tmp_path / "figures" / "quick"
+    (folder / "fig01.json").write_text(json.dumps(dict(experiment="fig01", provenance=facts, missing=0)))
+    notebook = nbformat.read(folder / "fig01.ipynb", 4)
+    shown = {"text/html": pd.DataFrame({HOSTILE: [HOSTILE]}).to_html(), "text/plain": HOSTILE}
+    notebook.cells[1].source += f"\ndata = {HOSTILE!r}"
+    notebook.cells += [nbformat.v4.new_code_cell(f"print({HOSTILE!r})", outputs=[
+        nbformat.v4.new_output("stream", name="stdout", text=HOSTILE),
+        nbformat.v4.new_output("execute_result", shown),
+        nbformat.v4.new_output("execute_result", {"text/plain": HOSTILE})])]
+    nbformat.write(notebook, folder / "fig01.ipynb")
+    index, html = written((tmp_path, quick))
+    pages = list(index.parent.rglob("*.html"))
+    assert len(pages) == 4 and all(harmless(page.read_text(encoding="utf-8")) for page in pages)
+    assert HOSTILE in BeautifulSoup(html, "html.parser").get_text()
+    page = (index.parent / "notebooks" / "quick-fig01.html").read_text(encoding="utf-8")
+    assert HOSTILE in BeautifulSoup(page, "html.parser").get_text()
+
+
+def test_labels_are_escaped_in_what_a_notebook_shows_and_writes(tmp_path):
+    row = dict(figure="fig01", statement=HOSTILE, band=HOSTILE, measured=HOSTILE, margin="", verdict=REPRODUCED)
+    html = Verdicts(pd.DataFrame([row]))._repr_html_()
+    assert harmless(html) and html.count("&lt;script&gt;") == 3
+    table = pd.DataFrame({HOSTILE: [HOSTILE]})
+    table.attrs["provenance"] = provenance() | dict(data=[HOSTILE])
+    exhibit = object.__new__(Exhibit)
+    exhibit.files, exhibit.table = FigureFiles("fig01", tmp_path), table
+    exhibit.save_table(table)
+    exhibit.save(plt.figure())
+    assert harmless((tmp_path / "fig01.html").read_text())
+    for element in ElementTree.parse(tmp_path / "fig01.svg").iter(): assert not str(element.tag).endswith("script")

@@ -1,0 +1,235 @@
+"""Damage is noticed by digest, and named; a file is written whole or not at all; only safe formats are loaded."""
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from symbreak import cache, records
+from symbreak.checking import read_batch
+from symbreak.config import Config
+from symbreak.data import load
+from symbreak.experiments import Request
+from symbreak.measurements import archived_measurement, kept_measurement, take_measurement
+from symbreak.records import (RunFiles, append_line, check_files, read_checkpoint, read_record, read_sealed,
+                              write_atomic)
+from symbreak.runs import Store, execute, home
+from symbreak.train import train
+
+TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1,
+              augment="crop", gradient_ulps=1)
+
+
+def flipped(path, place, bit=0):
+    "The content of a file with one bit changed"
+    whole = bytearray(path.read_bytes())
+    whole[place] ^= 1 << bit
+    return bytes(whole)
+
+
+@pytest.fixture
+def damages(times):
+    """Contents of a file with one bit changed, at random; the file is as it was afterwards."""
+    def of(path, few=40, many=400):
+        draw, whole = random.Random(0), path.read_bytes()
+        for _ in range(times(few, many)):
+            path.write_bytes(flipped(path, draw.randrange(len(whole)), draw.randrange(8)))
+            yield path.read_bytes()
+            path.write_bytes(whole)
+    return of
+
+
+# what a run has written
+
+def test_no_bit_of_a_checkpoint_can_change_unseen(tmp_path, damages):
+    train(TINY, tmp_path / "run", stop=lambda: True)
+    for _ in damages(RunFiles(tmp_path / "run").checkpoint, 100, 1000):
+        with pytest.raises(ValueError, match="checkpoint.pt cannot be read .*; delete it to start that run again"):
+            train(TINY, tmp_path / "run")
+    assert train(TINY, tmp_path / "run").record["status"] == "finished"
+
+
+def test_no_bit_of_a_result_can_change_unseen(tmp_path):
+    config = replace(TINY, epochs=1, measure_steps=2)
+    files, draw = RunFiles(Store(tmp_path).folder(config)), random.Random(0)
+    Store(tmp_path).train(config)
+    assert Store(tmp_path).load(config)
+    for path in (files.metrics, files.steps, files.record):
+        whole = path.read_bytes()
+        for place in [0, len(whole) - 2, *(draw.randrange(len(whole)) for _ in range(100))]:
+            path.write_bytes(flipped(path, place, draw.randrange(7)))
+            try: found = Store(tmp_path).load(config)
+            except ValueError as e: assert str(path) in str(e) and "delete" in str(e)
+            else: assert json.loads(path.read_text()) == json.loads(whole) and found  # white space, or 1.0 as 1e0
+            assert Store(tmp_path).epochs_done(config) in (0, 1)
+            path.write_bytes(whole)
+        for damaged in (b"", b"null", whole[:len(whole) // 2]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=re.escape(str(path))): Store(tmp_path).load(config)
+            path.write_bytes(whole)
+        path.unlink()
+        if path == files.record: assert Store(tmp_path).load(config) is None
+        else:
+            with pytest.raises(ValueError, match=re.escape(str(path))): Store(tmp_path).load(config)
+        path.write_bytes(whole)
+
+
+def test_a_damaged_line_of_an_unfinished_run_ends_nothing(tmp_path):
+    store = Store(tmp_path)
+    store.train(TINY, stop=lambda: True)
+    for damaged in ("null\n", "{\n", '{"epoch": "x"}\n[]\n', "{}\n"):
+        RunFiles(store.folder(TINY)).metrics.write_text(damaged)
+        assert store.epochs_done(TINY) == 0
+    ticks = []
+    assert execute([TINY], store, tick=lambda: ticks.append(store.epochs_done(TINY)))[0].metrics == train(TINY).metrics
+
+
+def test_no_bit_of_the_final_weights_can_change_unseen(tmp_path, damages):
+    files = RunFiles(tmp_path / "run")
+    train(TINY, files.folder)
+    for _ in damages(files.model):
+        with pytest.raises(ValueError, match="model.pt: not what the record beside it was written for; restore it, or"):
+            check_files(read_record(files.folder), files.model)
+    check_files(read_record(files.folder), files.model)
+
+
+def test_committed_results_are_sealed():
+    """symbreak.results.archive seals what it copies."""
+    folders = [path.parent for path in (home() / "results").glob("*/*/record.json")]
+    assert folders
+    for folder in folders:
+        record, files = read_record(folder), RunFiles(folder)
+        assert {"seal", "files"} <= set(record), folder
+        check_files(record, files.metrics, files.steps)
+    for path in (home() / "results").glob("*/measured/*.json"): assert "seal" in read_sealed(path, ""), path
+
+
+# measurements and caches
+
+def test_no_bit_of_a_measurement_can_change_unseen(tmp_path, damages):
+    request, store = Request("fig02"), Store(tmp_path / "runs")
+    take_measurement(request, store)
+    [path] = (tmp_path / "runs" / "measured").iterdir()
+    committed, whole = Store(tmp_path, (tmp_path / "runs",)), json.loads(path.read_bytes())
+    for damaged in damages(path, 150, 2000):
+        try:
+            if json.loads(damaged) == whole: continue  # a number in other words, such as 1.0 and 1.00
+        except ValueError: pass
+        assert kept_measurement(request, store) is None
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: damaged, .*; restore it, or move it out of"):
+            archived_measurement(request, committed)
+    assert len(kept_measurement(request, store)) and len(archived_measurement(request, committed))
+
+
+def test_no_bit_of_a_cache_can_change_unseen(tmp_path, damages):
+    content = dict(zip(cache.TENSORS, load().subset(40, 20).tensors), classes=["café", "cat"])
+    path = tmp_path / "images.pt"
+    def kept(): return cache.cached(path, "key", lambda: pytest.fail("made again"))
+    cache._store(path, "key", content)
+    for _ in damages(path, 200, 2000):
+        try: found = kept()
+        except cache.DataError as e: assert str(e) == f"{path}: damaged cache file; delete it, and it is made again"
+        except pytest.fail.Exception: pass  # a key that is not the same any more
+        else:
+            assert found.pop("classes") == content["classes"]
+            assert all(torch.equal(found[name], content[name]) for name in cache.TENSORS)
+    assert kept()["classes"] == content["classes"]
+
+
+# written whole or not at all
+
+def test_who_reads_while_a_file_is_written_sees_the_old_one(tmp_path):
+    path, seen = tmp_path / "x", []
+    path.write_bytes(b"old")
+    def write(f):
+        f.write(b"n")
+        f.flush()
+        seen.append(path.read_bytes())
+        f.write(b"ew")
+    write_atomic(path, write)
+    assert (seen, path.read_bytes(), list(tmp_path.iterdir())) == ([b"old"], b"new", [path])
+
+
+def test_what_cannot_be_written_to_its_end_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    def write(f):
+        f.write(b"new")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=f"cannot write {path} .No space left on device.; make room or choose another"):
+        write_atomic(path, write)
+    def fault(f): raise RuntimeError("not the disk's")
+    with pytest.raises(RuntimeError, match="^not the disk's$"): write_atomic(path, fault)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_while_it_writes_a_process_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    code = ("import os, signal, sys; from symbreak.records import write_atomic; "
+            "write_atomic(sys.argv[1], lambda f: (f.write(b'n' * 10 ** 6), os.kill(os.getpid(), signal.SIGKILL)))")
+    process = subprocess.run([sys.executable, "-c", code, path])
+    assert process.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+    [left] = set(tmp_path.iterdir()) - {path}
+    write_atomic(path, lambda f: f.write(b"new"))
+    assert left.exists(), "somebody may be writing it"
+    os.utime(left, (0, 0))
+    write_atomic(path, lambda f: f.write(b"newer"))
+    assert path.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [path]
+
+
+def test_all_that_a_run_writes_appears_at_once(tmp_path, monkeypatch):
+    """But for single lines of metrics: a line that is cut off is left out, and written again."""
+    renamed, replace, appended = set(), os.replace, set()
+    monkeypatch.setattr(records.os, "replace", lambda old, new: (renamed.add(new.name), replace(old, new)))
+    def noted(path, row): appended.add(path.name), append_line(path, row)
+    monkeypatch.setattr("symbreak.journal.append_line", noted)
+    config = Config(depth=7, width=1, epochs=2, train_size=64, test_size=20, measure_steps=1)
+    train(config, tmp_path / "run", stop=lambda: True)
+    paused = set(path.name for path in (tmp_path / "run").iterdir())
+    train(config, tmp_path / "run")
+    written = paused | set(path.name for path in (tmp_path / "run").iterdir())
+    assert written - renamed == {".lock"} and appended == {"metrics.jsonl"}
+    assert {"config.json", "metrics.jsonl", "steps.jsonl", "checkpoint.pt", "model.pt", "record.json"} <= written
+
+
+# only safe formats are loaded
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+    def __init__(self, folder): self.folder = folder
+    def __reduce__(self): return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("what", ["checkpoint.pt", "cache.pt", "batch.pt"])
+def test_code_in_a_file_is_not_run(tmp_path, what):
+    path, ran = tmp_path / what, tmp_path / "ran"
+    state = dict(key="key", content=Trap(ran))
+    if what == "checkpoint.pt": records.write_checkpoint(path, state)
+    else: torch.save(state, path)
+    read, says = {"checkpoint.pt": (read_checkpoint, "checkpoint.pt cannot be read .UnpicklingError"),
+                  "cache.pt": (lambda path: cache._read(path, "key"), "cache.pt: damaged cache file"),
+                  "batch.pt": (read_batch, "batch.pt cannot be read .UnpicklingError")}[what]
+    with pytest.raises((ValueError, cache.DataError), match=says): read(path)
+    assert not ran.exists()
+    torch.load(io.BytesIO(path.read_bytes().partition(b"PK")[2].join((b"PK", b""))), weights_only=False)
+    assert ran.exists(), "a trap that does not snap shows nothing"
+
+
+def test_only_safe_formats_are_loaded():
+    """`hardware` unpickles what fresh processes of its own write into a pipe, and torchvision the archives of CIFAR, of
+    the checksums that it knows. Nothing else unpickles anything."""
+    sources = {path.name: path.read_text(encoding="utf-8") for folder in ("symbreak", "tools", "scripts", "benchmarks")
+               for path in Path(home(), folder).rglob("*.py")}
+    unpickles = r"^\s*(import|from)\s.*\b(pickle|cloudpickle|dill|joblib|marshal|shelve)\b|read_pickle"
+    unsafe = r"torch\.load\((?!.*weights_only=True)|np\.load\(.*allow_pickle=True|yaml\.load\(|(?<![\w.])(eval|exec)\("
+    assert {name for name, text in sources.items() if re.search(unpickles, text, re.MULTILINE)} == {"hardware.py"}
+    assert {name for name, text in sources.items() if re.search(unsafe, text)} == set()
