@@ -48,7 +48,7 @@ class Operation:
     @property
     def is_image(self) -> bool:
         "Whether it has a layout in memory to choose: channels first or last"
-        return "y" in self.axes
+        return "y" in self.axes and "z" not in self.axes
 
     @property
     def shape(self) -> str:
@@ -98,16 +98,17 @@ def passes(operation: Operation, **positions: int) -> list[Operation]: # what ->
     "An operation and its backward passes"
     return [operation, *(gradient(operation, position, what) for what, position in positions.items())]
 
-def convolution(n: int, i: int, o: int, pixels: tuple[int, int], kernel: tuple[int, int] = (3, 3), stride=(1, 1),
+def convolution(n: int, i: int, o: int, pixels: tuple[int, ...], kernel: tuple[int, ...] = (3, 3), stride=(1, 1),
                 padding=(1, 1), dilation=(1, 1), groups: int = 1) -> list[Operation]:
-    "Three passes of a convolution of `i` channels of so many pixels (height, width) to `o`"
-    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-    out = F.conv2d(torch.empty(1, i, *pixels, device="meta"), torch.empty(o, i // groups, *kernel, device="meta"),
-                   **geometry)
-    sizes = dict(n=n, i=i, o=o, y=pixels[0], x=pixels[1], v=kernel[0], u=kernel[1], p=out.shape[2], q=out.shape[3])
-    axes = "niyx,oivu->nopq"
-    if groups > 1: axes, sizes = "nayx,bgvu->nbpq", sizes | dict(a=i, b=o, g=i // groups)
-    return passes(Operation("conv2d", axes, sizes, partial(F.conv2d, **geometry), linear=True), input=0, weight=1)
+    "Three passes of a convolution of `i` channels of so many pixels, (height, width) or (width,), to `o`"
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(pixels)]
+    run = partial(function, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    out = run(torch.empty(1, i, *pixels, device="meta"), torch.empty(o, i // groups, *kernel, device="meta")).shape[2:]
+    places, taps, made = (letters[-len(pixels):] for letters in ("zyx", "wvu", "spq"))
+    axes, sizes = f"ni{places},oi{taps}->no{made}", dict(n=n, i=i, o=o)
+    if groups > 1: axes, sizes = f"na{places},bg{taps}->nb{made}", sizes | dict(a=i, b=o, g=i // groups)
+    for letters, lengths in ((places, pixels), (taps, kernel), (made, out)): sizes |= dict(zip(letters, lengths))
+    return passes(Operation(function.__name__, axes, sizes, run, linear=True), input=0, weight=1)
 
 def linear(n: int, i: int, o: int) -> list[Operation]:
     "Three passes of a linear layer without bias"

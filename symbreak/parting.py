@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECTIFIERS', 'DROPOUTS', 'STRUCTURE', 'DROPOUT', 'ROUNDING', 'UNKNOWN', 'SHRUNK', 'taken_apart', 'own_loss',
-           'outputs', 'default_loss', 'untouched', 'copied', 'Seen', 'look', 'Watch', 'Trial', 'attempt', 'gap', 'gaps',
-           'Trials']
+           'outputs', 'default_loss', 'untouched', 'copied', 'Seen', 'look', 'Watch', 'Trial', 'fresh', 'attempt',
+           'gap', 'gaps', 'Trials']
 
 # %% ../nbs/08b_parting.ipynb #f9b2a678
 import copy
@@ -200,7 +200,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
     def dense(g): return None if g is None else (g.to_dense() if g.is_sparse else g.clone())
     return {name: dense(p.grad) for name, p in model.named_parameters(remove_duplicate=False)}
 
-def _fresh(batch: Any, dtype: torch.dtype | None) -> Any:
+def fresh(batch: Any, dtype: torch.dtype | None) -> Any:
     "A copy of a batch, floats in another precision"
     def one(t): return t.detach().clone().to(dtype if t.is_floating_point() else None) if isinstance(t, Tensor) else t
     return tree_map(one, batch)
@@ -229,7 +229,7 @@ def attempt(model: nn.Module, batch: Any, loss: Callable | None, found: list[Lay
         clone, trial = copied(model, dtype, quiet), Trial()
         for step in range(steps + 1):
             watch = Watch(clone, found, quiet, looking=step in (0, steps))
-            _backward(clone, _fresh(batch, dtype), loss, watch, trial)
+            _backward(clone, fresh(batch, dtype), loss, watch, trial)
             if step == 0: trial.first, trial.seen, trial.inputs = _gradients(clone), watch.seen, watch.inputs
             if step == steps: trial.last, trial.after = _gradients(clone), watch.seen
             elif trained := [p for p in clone.parameters() if p.grad is not None]: torch.optim.SGD(trained, lr).step()
