@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .operations import (Operation, attention, batch_norm, convolution, embedding, head, layer_norm, linear,
-                                 pools)
+from .operations import (Operation, attention, batch_norm, bias_gradient, convolution, embedding, head,
+                                 layer_norm, linear, pools)
 
 # %% ../nbs/07c_calls.ipynb #27a941dd
 def _each(value, axes: int) -> tuple[int, ...]: return (value,) * axes if isinstance(value, int) else tuple(value)
@@ -27,10 +27,15 @@ def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     if input.dim() != weight.dim() or isinstance(padding, str): return []
     n, i, *pixels = input.shape
     geometry = (_each(value, len(pixels)) for value in (stride, padding, dilation))
-    return convolution(n, i, len(weight), tuple(pixels), tuple(weight.shape[2:]), *geometry, groups)
+    found = convolution(n, i, len(weight), tuple(pixels), tuple(weight.shape[2:]), *geometry, groups)
+    return _with_bias(found, bias)
+
+def _with_bias(found: list[Operation], bias) -> list[Operation]: # found: the passes of a layer
+    "The gradient of the bias too, if there is one"
+    return found if bias is None else [*found, bias_gradient(found[0])]
 
 def _linear(input, weight, bias=None) -> list[Operation]:
-    return linear(input[..., 0].numel(), input.shape[-1], len(weight))
+    return _with_bias(linear(input[..., 0].numel(), input.shape[-1], len(weight)), bias)
 
 def _batch_norm(input, *_, **__) -> list[Operation]:
     return batch_norm(*input.shape[:2], tuple(input.shape[2:])) if input.dim() == 4 else []
@@ -43,12 +48,12 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False,
     if query.dim() != 4 or query.shape[-1] != value.shape[-1]: return []
     return attention(*query.shape, keys=key.shape[2], causal=is_causal)
 
-def _heads(query, key, value, features, heads, *_, **__) -> list[Operation]:
+def _heads(query, key, value, features, heads, in_weight=None, in_bias=None, *_, **__) -> list[Operation]:
     "Projections of query, key and value in one product, attention, and the projection back; batch comes second"
     if query.dim() != 3: return []
     tokens, n, _ = query.shape
-    return [*linear(tokens * n, features, 3 * features), *attention(n, heads, tokens, features // heads, len(key)),
-            *linear(tokens * n, features, features)]
+    there, back = (_with_bias(linear(tokens * n, features, many * features), in_bias) for many in (3, 1))
+    return [*there, *attention(n, heads, tokens, features // heads, len(key)), *back]
 
 def _embedding(input, weight, *_, **__) -> list[Operation]: return embedding(input.numel(), *weight.shape)
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'FLOAT', 'PATIENCE', 'ODD', 'LARGE_MAPS', 'SMALL_MAPS', 'PARTS', 'Operation', 'draw', 'Gradient',
-           'gradient', 'passes', 'convolution', 'linear', 'head', 'batch_norm', 'layer_norm', 'attention', 'pools',
-           'losses', 'chunk_sum', 'accumulations', 'embedding', 'optimizers', 'all_reduce', 'network_operations',
-           'other_operations', 'operations', 'parts']
+           'gradient', 'passes', 'convolution', 'linear', 'bias_gradient', 'head', 'batch_norm', 'layer_norm',
+           'attention', 'pools', 'losses', 'chunk_sum', 'accumulations', 'embedding', 'optimizers', 'all_reduce',
+           'network_operations', 'other_operations', 'operations', 'parts']
 
 # %% ../nbs/07a_operations.ipynb #c649a173
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
@@ -113,6 +113,12 @@ def convolution(n: int, i: int, o: int, pixels: tuple[int, ...], kernel: tuple[i
 def linear(n: int, i: int, o: int) -> list[Operation]:
     "Three passes of a linear layer without bias"
     return passes(Operation("linear", "ni,oi->no", dict(n=n, i=i, o=o), F.linear, linear=True), input=0, weight=1)
+
+def bias_gradient(forward: Operation) -> Operation: # forward: a linear layer or a convolution
+    "The gradient of a bias that is added to what a layer gives"
+    inputs, out = forward.axes.split("->")
+    feature = out[1:2]
+    return gradient(replace(forward, axes=f"{inputs},{feature}->{out}"), 2, "bias")
 
 def head(n: int, i: int, classes: int) -> list[Operation]:
     "Three passes of a last layer, whose results are classes `k` and no features"
@@ -241,7 +247,8 @@ def network_operations(width: int, batch: int) -> list[Operation]:
 def other_operations(width: int, batch: int) -> list[Operation]:
     "What other networks have, sums over chunks and processes, and additions to given places"
     c = 64 * width
-    layers = [*linear(batch, c, c), *linear(batch, ODD, ODD), *linear(batch, ODD, 10), *layer_norm(batch, 16, c),
+    layers = [*linear(batch, c, c), *linear(batch, ODD, ODD), *linear(batch, ODD, 10),
+              *(bias_gradient(linear(batch, wide, wide)[0]) for wide in (c, ODD)), *layer_norm(batch, 16, c),
               *attention(batch, 4, 16, 16), *embedding(32 * batch, 100, c)]
     sums = [chunk_sum(8, o, i) for o, i in ((16 * width, 3), (c, c), (ODD, ODD))]
     return [*layers, *sums, *accumulations(8, 9 * c * c), *accumulations(8, 512), all_reduce(2, c * c),

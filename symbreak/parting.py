@@ -98,12 +98,14 @@ class Seen:
     dead: Tensor | None = None  # (features,) bool: never positive; None: read by no rectifier
     calls: int = 1
     final: bool = False  # is it what the model returns?
+    fed: Tensor | None = None  # (features,) int64, equal for equal inputs of a feature; None: they share an input
 
     def add(self, other: "Seen") -> "Seen":
         "What this and one more call show together"
         constant = self.constant & other.constant & (self.start == other.start)
+        fed = None if self.fed is None or other.fed is None else partition(torch.stack([self.fed, other.fed], 1))
         return replace(self, output=other.output, group=partition(torch.stack([self.group, other.group], 1)),
-                       constant=constant, calls=self.calls + 1)
+                       constant=constant, calls=self.calls + 1, fed=fed)
 
     def rectified(self) -> None:
         "Note that a rectifier reads the output"
@@ -147,7 +149,7 @@ class Watch(TorchFunctionMode):
         values, modules = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_modules())
         for layer in found if looking else ():
             if layer.axis is not None:
-                take = partial(self._take, layer.module, layer.axis, len(layer.rows(values)))
+                take = partial(self._take, layer, len(layer.rows(values)))
                 self.hooks.append(modules[layer.module].register_forward_hook(take))
             for name in layer.modules:
                 give = partial(self._give, name)
@@ -156,11 +158,15 @@ class Watch(TorchFunctionMode):
     def _give(self, name: str, module: nn.Module, args: tuple) -> None:
         self.inputs.setdefault(name, []).extend(t.detach().clone() for t in args[:1] if isinstance(t, Tensor))
 
-    def _take(self, name: str, axis: int, features: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def _take(self, layer: Layer, features: int, module: nn.Module, args: tuple, output: Any) -> None:
+        name, axis = layer.module, layer.axis
         given = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
         if given is None or not given.numel() or not max(-axis, axis + 1) <= given.dim(): return
         if given.dim() < 2 or given.shape[axis] != features: return
-        self.seen[name] = self.seen[name].add(look(given, axis)) if name in self.seen else look(given, axis)
+        found, own = look(given, axis), args[0] if layer.alone and args and isinstance(args[0], Tensor) else None
+        if own is not None and own.dim() == given.dim() and own.shape[axis] == features:
+            found.fed = partition(own.detach().movedim(axis, 0).flatten(1))
+        self.seen[name] = self.seen[name].add(found) if name in self.seen else found
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}

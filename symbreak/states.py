@@ -25,7 +25,8 @@ def copies(layer: Layer, values: dict[str, Tensor], seen: Seen | None, # what it
     rows = layer.rows(values)
     if rows is None or (layer.alone and seen is None): return None
     group = partition(rows)
-    return partition(torch.stack([group, seen.group], 1)) if layer.alone else group
+    if not layer.alone: return group
+    return partition(torch.stack([group, seen.group, *([] if seen.fed is None else [seen.fed])], 1))
 
 def alike(group: Tensor | None, seen: Seen | None) -> int:
     "How many features vary on the batch and equal another one whose weights differ"
