@@ -113,7 +113,7 @@ def listen(model: nn.Module, # called with one tensor
         try:
             with listener:
                 for x in drawn: listener.done(copy(x))
-        except (RuntimeError, TypeError, IndexError) as e:
+        except (RuntimeError, TypeError, IndexError, ValueError) as e:
             raise ValueError(f"input: {type(model).__name__} does not run on {len(x)} x {tuple(input)} ({e}); allowed: "
                              "the shape of one input, without the batch") from e
     if not listener.heard:

@@ -678,7 +678,7 @@ def test_the_page_shows_what_the_probe_asks(command, output):
     """All operations of the network, whatever a machine says of them, and that there was load."""
     verb, *argv = command.replace("3x224x224", "3x32x32").split()
     asked = parse(verb, argv)
-    heard = recorded(make_model(asked.from_model, asked.options), sizes(asked.input, "input"), (2, 1))
+    heard = recorded(make_model(asked.from_model, asked.options), sizes(asked.input, "input"), (3, 2))
     said = " ".join(output.split())
     for name in {o.name for o in heard}: assert name in said
     assert "kept all cores busy" in said and "float32" in said
