@@ -88,6 +88,8 @@ class CheckVerb:
     "steps of SGD on a copy, to see what stays identical or stuck; 20 is a good number"
     lr: float = 0.01
     "learning rate of these steps"
+    probe: bool = True
+    "if rounding parts copies: find out which operations it is, by how much, and what then"
     seed: int = 0
     "of the random numbers that the model is made from"
     json: bool = False
@@ -118,6 +120,6 @@ class CheckVerb:
         if batch is None:
             dtype = next((p.dtype for p in model.parameters()), torch.float32)
             batch = make_batch(self.input, self.batch_size, self.tokens, dtype)
-        try: return check(model, batch, steps=self.steps, lr=self.lr)
+        try: return check(model, batch, steps=self.steps, lr=self.lr, probe=self.probe)
         except ValueError: raise
         except Exception as e: raise ValueError(f"model: does not run on this batch ({type(e).__name__}: {e})") from e

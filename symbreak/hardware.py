@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'CONCERNS', 'SIZES', 'CASE', 'settings_of', 'dtypes_of', 'cores', 'Case', 'cases', 'ask', 'ask_all',
-           'digests', 'in_new_processes', 'fresh_digests', 'concerned', 'ranked', 'summary', 'machine', 'probe',
-           'save_probe', 'read_probe', 'compared']
+           'digests', 'under_load', 'concerned', 'ranked', 'summary', 'machine', 'probe', 'save_probe', 'read_probe',
+           'compared']
 
 # %% ../nbs/08_hardware.ipynb #7d666a33
 import hashlib
 import json
 import os
-import pickle
 import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby, product
@@ -23,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .calls import recorded
+from .calls import listen
 from .numerics import cpu_has_bf16, cpu_threads, numerics, resolve_device, switches
 from .operations import Operation, operations
+from .processes import busy, start
 from .properties import Trial, answers, bound, trial
 
 # %% ../nbs/08_hardware.ipynb #1d4be10b
@@ -100,30 +98,13 @@ def digests(cases: list[Case], device: str, seed: int) -> list[str]: # "" where 
     "The bits of all results"
     return [row.get("digest", "") for row in ask_all(cases, torch.device(device), seed, _digest)]
 
-_FRESH = ("import pickle, sys; function, arguments = pickle.load(sys.stdin.buffer); "
-          "pickle.dump(function(*arguments), sys.stdout.buffer)")
-
-def in_new_processes(function: Callable, # of a module
-                     *arguments, # of the function
-                     processes: int = 1, # at the same time
-                     **environment: str, # variables that are read when a process starts
-) -> list: # what each of them returned
-    "Call a function in new processes at once"
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    changed = dict(PYTHONPATH=path, OMP_WAIT_POLICY="passive") | environment  # threads that wait do not spin
-    started = [subprocess.Popen([sys.executable, "-c", _FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env=os.environ | changed) for _ in range(processes)]
-    for process in started:
-        process.stdin.write(pickle.dumps((function, arguments)))
-        process.stdin.close()
-    found = [process.stdout.read() for process in started]
-    if any(process.wait() for process in started):
-        raise ValueError(f"processes: {processes}, but a new one failed, see above; allowed with functions of modules")
-    return [pickle.loads(bits) for bits in found]
-
-def fresh_digests(cases: list[Case], device: str, seed: int, processes: int) -> list[list[str]]: # [process][case]
-    "The bits of all results in new processes at once"
-    return in_new_processes(digests, cases, device, seed, processes=processes)
+def under_load(cases: list[Case], device: str, seed: int, processes: int, # new ones, at least 1
+) -> tuple[list[list[str]], list[str], dict]: # bits by [process][case], bits by [case] of this process, the load
+    "The bits of all results once more, in new processes and in this one, while others keep all cores busy"
+    with busy(cores()) as load:
+        others = start(digests, cases, device, seed, processes=processes)
+        ours = digests(cases, device, seed)
+        return others(), ours, load
 
 # %% ../nbs/08_hardware.ipynb #24aa9a14
 CONCERNS = {"nondeterministic": "deterministic", "asymmetric": "equivariant", "batch-dependent": "batch_invariant"}
@@ -181,26 +162,30 @@ def probe(device: str = "auto", # auto, cpu, cuda or cuda:N
           model: nn.Module | None = None, # probe at the shapes of this network; None: of ConstNet-16-k
           *, input: tuple[int, ...] = (3, 32, 32), # shape of one of the model's inputs
           batches: tuple[int, ...] = (16, 5), # sizes of the model's batches, a last and partial one among them
+          tokens: int = 0, # the model's inputs are whole numbers below this; 0: they are drawn from N(0, 1)
           width: int = 1, # k of ConstNet-16-k
-          dtypes: Iterable[str] | None = None, # such as ("float32",); None: those that the device has
+          dtypes: Iterable[str] | None = None, # ("float32",); None: the model's own, or those that the device has
           threads: Iterable[int] | None = None, # of a CPU; None: one and all
           settings: Iterable[str] | None = None, # keys of SETTINGS; None: all that differ on the device
           only: Iterable[Operation] | None = None, # these operations instead
           reruns: int = 8, # R, after the first
-          processes: int = 0, # new ones that compute everything again, at the same time
+          processes: int = 0, # new ones that compute everything again, on a machine kept busy; 0: no load either
           seed: int = 0, # of inputs and permutations
           progress: Callable[[int, int, str], None] | None = None, # called with done, all, and what was done
 ) -> "pandas.DataFrame": # a row per case, those that matter first; attrs["machine"] says of which machine
     "Which operations of a device repeat themselves, treat copies alike, and ignore the rest of the batch"
     import pandas as pd
-    found = resolve_device(device)
+    found, listener = resolve_device(device), None
+    if model and not dtypes: dtypes = {str(p.dtype)[6:]: p for p in model.parameters()}
     chosen = _chosen(found, dtypes, threads, settings, reruns)
-    asked = cases(only or (recorded(model, input, batches) if model else operations(width)), *chosen)
+    if model and not only: listener = listen(model, input, batches, tokens)
+    asked = cases(only or (listener.heard.values() if listener else operations(width)), *chosen)
     rows = ask_all(asked, found, seed, lambda made: answers(made, reruns) | _digest(made), progress)
     table = pd.DataFrame([case.facts | row for case, row in zip(asked, rows)])
-    fresh = fresh_digests(asked, str(found), seed, processes) if processes else []
-    table = ranked(_with_processes(table, fresh).assign(p_below=lambda t: (t.reruns + processes).map(bound)))
-    table.attrs["machine"] = machine(found)
+    if progress and processes: progress(len(asked), len(asked), "once more, under load")
+    fresh, again, load = under_load(asked, str(found), seed, processes) if processes else ([], [], {})
+    table = ranked(_with_processes(table, fresh, again))
+    table.attrs |= dict(machine=machine(found), load=load, missed=dict(listener.missed) if listener else {})
     return table
 
 # %% ../nbs/08_hardware.ipynb #6cf9a956
@@ -217,18 +202,19 @@ def _chosen(device: torch.device, dtypes, threads, settings, reruns: int) -> tup
         if not isinstance(count, int) or count < 1: raise ValueError(f"threads: {count!r}; allowed: whole numbers >= 1")
     return chosen
 
-def _with_processes(table: "pandas.DataFrame", fresh: list[list[str]]) -> "pandas.DataFrame":
-    "A case that has other bits in a new process is not deterministic"
-    here, differ = table.digest.fillna(""), 0 * table.threads
-    for bits in fresh: differ += [int(ours != theirs) for ours, theirs in zip(here, bits)]
-    return table.assign(deterministic=table.deterministic.where(differ == 0, False),
-                        fresh_differ=differ).drop(columns="digest")
+def _with_processes(table: "pandas.DataFrame", fresh: list[list[str]], again: list[str]) -> "pandas.DataFrame":
+    "A case that has other bits in a new process, or under load, is not deterministic"
+    def differ(many): return sum((table.digest.fillna("") != bits for bits in many), 0 * table.threads).astype(int)
+    apart, loaded = differ(fresh), differ([again] if again else [])
+    return table.assign(deterministic=table.deterministic.where(apart + loaded == 0, False), fresh_differ=apart,
+                        load_differ=loaded, p_below=(table.reruns + len(fresh) + bool(again)).map(bound),
+                        ).drop(columns="digest")
 
 # %% ../nbs/08_hardware.ipynb #1c97fd8f
 def save_probe(table: "pandas.DataFrame", path: str | Path) -> None:
-    "Write a probe as JSON: the machine, and the rows"
+    "Write a probe as JSON: the machine, the load, and the rows"
     rows = json.loads(table.to_json(orient="records", double_precision=15))
-    Path(path).write_text(json.dumps(dict(machine=table.attrs["machine"], rows=rows), indent=1) + "\n")
+    Path(path).write_text(json.dumps(table.attrs | dict(rows=rows), indent=1) + "\n")
 
 # %% ../nbs/08_hardware.ipynb #923cfd49
 def read_probe(path: str | Path) -> "pandas.DataFrame":
@@ -241,7 +227,7 @@ def read_probe(path: str | Path) -> "pandas.DataFrame":
     table = pd.DataFrame(kept["rows"])
     verdicts = {name: table[name].astype(object).where(table[name].notna(), None) for name in SIZES}
     table = table.assign(**verdicts)
-    table.attrs["machine"] = kept["machine"]
+    table.attrs |= {name: kept.get(name, {}) for name in ("machine", "load", "missed")}
     return table
 
 CASE = ["op", "shape", "dtype", "memory_format", "threads", "setting"]  # columns that say which case a row is

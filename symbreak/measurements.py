@@ -30,7 +30,7 @@ from .cache import AbsentError
 from .config import Config, resolve_device
 from .data import Dataset
 from .experiments import CPU_DTYPES, LEFT_OUT, Request
-from .hardware import dtypes_of, in_new_processes, probe
+from .hardware import dtypes_of, probe
 from .images import at_hand, images, seen
 from .operations import SMALL_MAPS, Operation, parts
 from .plans import IS_X86, STRINGS
@@ -68,7 +68,8 @@ def probed(operations: dict[str, list[Operation]], # part -> what to ask
     "Rows of `probe` for every part and draw of the inputs"
     def asked(part, seed):
         precisions = [name for name in dtypes if (part, name) not in LEFT_OUT]
-        return probe(device, only=operations[part], dtypes=precisions, reruns=1, seed=seed)
+        table = probe(device, only=operations[part], dtypes=precisions, reruns=1, seed=seed)
+        return table.drop(columns="load_differ")  # nothing is run under load here
     return pd.concat([asked(part, seed).assign(part=part, seed=seed, onednn_isa=isa)
                       for seed in SEEDS for part in operations], ignore_index=True)
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'FLOAT', 'PATIENCE', 'ODD', 'LARGE_MAPS', 'SMALL_MAPS', 'PARTS', 'Operation', 'draw', 'Gradient',
-           'gradient', 'passes', 'convolution', 'linear', 'head', 'batch_norm', 'layer_norm', 'attention', 'pools',
-           'losses', 'chunk_sum', 'accumulations', 'embedding', 'optimizers', 'all_reduce', 'network_operations',
-           'other_operations', 'operations', 'parts']
+           'gradient', 'passes', 'convolution', 'linear', 'bias_gradient', 'head', 'batch_norm', 'layer_norm',
+           'attention', 'pools', 'losses', 'chunk_sum', 'accumulations', 'embedding', 'optimizers', 'all_reduce',
+           'network_operations', 'other_operations', 'operations', 'parts']
 
 # %% ../nbs/07a_operations.ipynb #c649a173
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
@@ -48,7 +48,7 @@ class Operation:
     @property
     def is_image(self) -> bool:
         "Whether it has a layout in memory to choose: channels first or last"
-        return "y" in self.axes
+        return "y" in self.axes and "z" not in self.axes
 
     @property
     def shape(self) -> str:
@@ -98,20 +98,27 @@ def passes(operation: Operation, **positions: int) -> list[Operation]: # what ->
     "An operation and its backward passes"
     return [operation, *(gradient(operation, position, what) for what, position in positions.items())]
 
-def convolution(n: int, i: int, o: int, pixels: tuple[int, int], kernel: tuple[int, int] = (3, 3), stride=(1, 1),
+def convolution(n: int, i: int, o: int, pixels: tuple[int, ...], kernel: tuple[int, ...] = (3, 3), stride=(1, 1),
                 padding=(1, 1), dilation=(1, 1), groups: int = 1) -> list[Operation]:
-    "Three passes of a convolution of `i` channels of so many pixels (height, width) to `o`"
-    geometry = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-    out = F.conv2d(torch.empty(1, i, *pixels, device="meta"), torch.empty(o, i // groups, *kernel, device="meta"),
-                   **geometry)
-    sizes = dict(n=n, i=i, o=o, y=pixels[0], x=pixels[1], v=kernel[0], u=kernel[1], p=out.shape[2], q=out.shape[3])
-    axes = "niyx,oivu->nopq"
-    if groups > 1: axes, sizes = "nayx,bgvu->nbpq", sizes | dict(a=i, b=o, g=i // groups)
-    return passes(Operation("conv2d", axes, sizes, partial(F.conv2d, **geometry), linear=True), input=0, weight=1)
+    "Three passes of a convolution of `i` channels of so many pixels, (height, width) or (width,), to `o`"
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(pixels)]
+    run = partial(function, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    out = run(torch.empty(1, i, *pixels, device="meta"), torch.empty(o, i // groups, *kernel, device="meta")).shape[2:]
+    places, taps, made = (letters[-len(pixels):] for letters in ("zyx", "wvu", "spq"))
+    axes, sizes = f"ni{places},oi{taps}->no{made}", dict(n=n, i=i, o=o)
+    if groups > 1: axes, sizes = f"na{places},bg{taps}->nb{made}", sizes | dict(a=i, b=o, g=i // groups)
+    for letters, lengths in ((places, pixels), (taps, kernel), (made, out)): sizes |= dict(zip(letters, lengths))
+    return passes(Operation(function.__name__, axes, sizes, run, linear=True), input=0, weight=1)
 
 def linear(n: int, i: int, o: int) -> list[Operation]:
     "Three passes of a linear layer without bias"
     return passes(Operation("linear", "ni,oi->no", dict(n=n, i=i, o=o), F.linear, linear=True), input=0, weight=1)
+
+def bias_gradient(forward: Operation) -> Operation: # forward: a linear layer or a convolution
+    "The gradient of a bias that is added to what a layer gives"
+    inputs, out = forward.axes.split("->")
+    feature = out[1:2]
+    return gradient(replace(forward, axes=f"{inputs},{feature}->{out}"), 2, "bias")
 
 def head(n: int, i: int, classes: int) -> list[Operation]:
     "Three passes of a last layer, whose results are classes `k` and no features"
@@ -240,7 +247,8 @@ def network_operations(width: int, batch: int) -> list[Operation]:
 def other_operations(width: int, batch: int) -> list[Operation]:
     "What other networks have, sums over chunks and processes, and additions to given places"
     c = 64 * width
-    layers = [*linear(batch, c, c), *linear(batch, ODD, ODD), *linear(batch, ODD, 10), *layer_norm(batch, 16, c),
+    layers = [*linear(batch, c, c), *linear(batch, ODD, ODD), *linear(batch, ODD, 10),
+              *(bias_gradient(linear(batch, wide, wide)[0]) for wide in (c, ODD)), *layer_norm(batch, 16, c),
               *attention(batch, 4, 16, 16), *embedding(32 * batch, 100, c)]
     sums = [chunk_sum(8, o, i) for o, i in ((16 * width, 3), (c, c), (ODD, ODD))]
     return [*layers, *sums, *accumulations(8, 9 * c * c), *accumulations(8, 512), all_reduce(2, c * c),

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .init import choose
 from .layers import copied_modules, layers
 from .parting import Trials
+from .rounding import Rounding, rounding
 from .states import STATES, row
 
 # %% ../nbs/09_symmetry.ipynb #479ae929
@@ -110,9 +111,12 @@ class Check:
     copies: list[dict] = field(repr=False)  # of whole modules
     steps: int
     notes: list[str]  # what limits the answer
+    rounding: Rounding | None = None  # of this machine, if it parts anything
 
     @property
-    def findings(self) -> list[str]: return sentences(self.copies + self.rows, self.steps) + self.notes
+    def findings(self) -> list[str]:
+        noise = self.rounding.findings if self.rounding else []
+        return sentences(self.copies + self.rows, self.steps) + noise + self.notes
 
     @cached_property
     def table(self) -> "pandas.DataFrame": return _frame(self.rows)
@@ -130,7 +134,7 @@ class Check:
         "The same for JSON"
         def public(rows): return [{name: r[name] for name in COLUMNS} for r in rows]
         return dict(about=self.about, steps=self.steps, findings=self.findings, layers=public(self.rows),
-                    modules=public(self.copies))
+                    modules=public(self.copies), rounding=self.rounding and self.rounding.to_dict())
 
     def __str__(self) -> str:
         return "\n".join([self.about, "", *(f"- {said}" for said in self.findings), "", _shown(self.table)])
@@ -189,6 +193,7 @@ def check(model: nn.Module, # any; not changed in any way
           loss: Callable | None = None, # (output, target) -> scalar, or output -> scalar; None: what fits the output
           steps: int = 0, # steps of SGD on a copy, to see what stays identical or stuck
           lr: float = 0.01, # learning rate of these steps
+          probe: bool = True, # if rounding parts copies: find out which operations it is, by how much, and what then
 ) -> Check:
     "Which features of a model are identical, zero, stuck or dead, and what will part those that are identical"
     _refuse(model, steps, lr)
@@ -200,5 +205,6 @@ def check(model: nn.Module, # any; not changed in any way
                          "loss (a smaller lr may help)")
     values = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad(): rows = [row(layer, values, tried, steps) for layer in found + groups]
+    noisy = probe and any(r["parted_by"] == "rounding noise" for r in rows)
     return Check(_about(model, batch, tried, steps, lr), rows[:len(found)], rows[len(found):], steps,
-                 _notes(model, tried))
+                 _notes(model, tried), rounding(model, batch, loss, lr) if noisy else None)

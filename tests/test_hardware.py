@@ -13,7 +13,7 @@ from symbreak import probe
 from symbreak.breaking import ONE_ULP_RMS, from_probe, ulp_noise_
 from symbreak.calls import recorded
 from symbreak.config import Config
-from symbreak.hardware import SIZES, compared, concerned, cores, read_probe, save_probe, summary
+from symbreak.hardware import SIZES, compared, concerned, cores, read_probe, save_probe, summary, under_load
 from symbreak.numerics import numerics, switches
 from symbreak.operations import accumulations, all_reduce, chunk_sum, convolution, linear, operations
 from symbreak.probing import Probe
@@ -143,15 +143,31 @@ def test_weight_gradient_of_2x2_maps_under_avx2(tmp_path):
     assert table[table["shape"] == "8x64x8x8 64x64x3x3"].equivariant.all()
 
 
-def test_fresh_processes_have_the_same_bits():
+def test_a_new_process_and_load_leave_the_bits_alone():
     table = probe("cpu", only=linear(4, 8, 8), dtypes=("float32",), threads=(1,), reruns=1, processes=1)
-    assert (table.fresh_differ == 0).all() and table.deterministic.all()
+    assert (table.fresh_differ == 0).all() and (table.load_differ == 0).all() and table.deterministic.all()
+    load = table.attrs["load"]
+    assert load["processes"] == cores() and load["cpu_s"] > 0 and load["wall_s"] > 0
+    assert table.p_below.unique().tolist() == [3 / 3]  # a rerun, one under load, one in a new process
+
+
+def test_what_differs_elsewhere_or_under_load_is_not_deterministic(monkeypatch):
+    """The faults are in the digests here, since a new process cannot import this file."""
+    asked = dict(only=linear(4, 8, 8)[:1], dtypes=("float32",), threads=(1,), settings=("default",), reruns=1)
+    clean = probe("cpu", **asked, processes=1)
+    for fresh, again, column in ((["other"], None, "fresh_differ"), (None, ["other"], "load_differ")):
+        def faulty(cases, device, seed, processes):
+            others, ours, load = under_load(cases, device, seed, processes)
+            return [fresh] if fresh else others, again or ours, load
+        monkeypatch.setattr("symbreak.hardware.under_load", faulty)
+        row = probe("cpu", **asked, processes=1).iloc[0]
+        assert row[column] == 1 and not row.deterministic and clean.deterministic.all()
 
 
 def test_files_and_comparison(tmp_path):
     table = probe("cpu", only=linear(8, 37, 37), threads=(1,), reruns=1)
     save_probe(table, tmp_path/"a.json")
-    assert set(json.loads((tmp_path/"a.json").read_text())) == {"machine", "rows"}
+    assert set(json.loads((tmp_path/"a.json").read_text())) == {"machine", "load", "missed", "rows"}
     again = read_probe(tmp_path/"a.json")
     assert compared(table, again).empty
     assert len(compared(table, again.assign(tile=1.))) == (table.tile != 1).sum()
@@ -164,14 +180,16 @@ def test_a_network_is_heard_and_not_changed():
                                 torch.nn.Linear(8 * 36, 4)).eval()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     heard = recorded(model, (3, 8, 8), (4, 3))
-    assert [o.sizes["i"] for o in heard if o.name == "linear"] == [288, 288]
+    assert [o.sizes["i"] for o in heard if o.name == "head"] == [288, 288]
     assert {o.sizes.get("n") or o.sizes.get("N") for o in heard} == {4, 3}
     assert not model.training and all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("wrong, named", [
     (dict(fail_on="slow"), "fail_on: 'slow'; allowed: nondeterministic, asymmetric, batch-dependent"),
-    (dict(input="3x"), "input: '3x'; allowed"), (dict(from_model="nothing"), "from_model: 'nothing'; allowed: module:"),
+    (dict(input="3x"), "input: '3x'; allowed"), (dict(from_model="nothing"), "model: 'nothing'; allowed: MODULE:NAME"),
+    (dict(from_model="torch.nn:Linear", options=("in_features=3", "out_features=3"), input="4"),
+     "input: Linear does not run on 16 x (4,)"),
     (dict(device="tpu"), "device: 'tpu'; allowed"), (dict(reruns=0), "reruns: 0; allowed"),
     (dict(dtypes=("int8",)), "dtypes: 'int8'; allowed here: float32"), (dict(width=0), "width: 0; allowed")])
 def test_errors(wrong, named):
@@ -183,13 +201,48 @@ def test_exit_codes(tmp_path, monkeypatch, capsys):
     (tmp_path/"theirs.py").write_text("from torch import nn\ndef net(): return nn.Linear(37, 37)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    asked = dict(from_model="theirs:net", input="37", batches="8", dtypes=("float32",), reruns=1)
+    asked = dict(from_model="theirs:net", input="37", batches="8", reruns=1, processes=0)
     assert Probe(**asked, json=tmp_path/"a.json", fail_on="nondeterministic")() == 0
     assert "p < 1" in capsys.readouterr().out
     assert Probe(compare=(tmp_path/"a.json", tmp_path/"a.json"))() == 0
     assert "No verdict differs" in capsys.readouterr().out
     unequal = read_probe(tmp_path/"a.json").batch_invariant.eq(False).any()
     assert Probe(**asked, fail_on="batch-dependent")() == int(unequal)
+
+
+def test_the_default_set_holds_all_that_must_be_found():
+    asked = {(o.name, o.shape) for o in operations()}
+    wanted = [convolution(8, 32, 32, (2, 2))[2], *linear(8, 37, 37), chunk_sum(8, 37, 37), all_reduce(3, 4096),
+              *accumulations(8, 36864)[:2], *(o for c, p in ((16, 32), (32, 16), (64, 8))
+                                              for o in convolution(8, c, c, (p, p)))]
+    assert {(o.name, o.shape) for o in wanted} <= asked
+
+
+def test_what_a_network_calls_is_asked_at_its_shapes_and_what_is_not_is_said(capsys):
+    asked = dict(input="7", tokens=11, batches="4,3", reruns=1, processes=0)
+    code = Probe(from_model="test_hardware:Reader", **asked)()
+    printed = capsys.readouterr().out
+    assert code == 0 and "Called, but not asked: lstm." in printed and "head" in printed and "embedding" in printed
+    table = probe("cpu", Reader().double(), input=(7,), tokens=11, batches=(4,), reruns=1)
+    assert set(table.dtype) == {"float64"} and table.attrs["missed"] == dict(lstm=1)
+
+
+class Reader(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = torch.nn.Embedding(11, 8), torch.nn.LSTM(8, 6, batch_first=True)
+        self.head = torch.nn.Linear(6, 11)
+
+    def forward(self, x): return self.head(self.body(self.table(x))[0])
+
+
+def test_the_command_lets_waiting_threads_sleep():
+    """Said before torch is loaded, which reads it then."""
+    code = ("import sys, os; from symbreak.cli import parse; parse('probe', []); "
+            "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)")
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == ["passive", "False"]
 
 
 def test_racing_sizes_and_cores():

@@ -13,9 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from symbreak import symmetry
 from symbreak.cache import import_torchvision
-from symbreak.cli import main
+from symbreak.calls import recorded
+from symbreak.checking import make_model
+from symbreak.cli import main, parse
 from symbreak.nets import ConstNet, LeakyNet
+from symbreak.probing import sizes
+from symbreak.processes import in_new_processes
 from symbreak.symmetry import COLUMNS, check
 
 
@@ -136,6 +141,67 @@ def test_a_model_that_does_not_run_in_float64_leaves_the_cause_unknown():
     nn.init.constant_(net[0].weight, 0.1), nn.init.zeros_(net[0].bias)
     _, found = states(net, x(8, 6), steps=0)
     assert says(found, "parted by not known: 0") and says(found, "Rounding cannot be told", "float64")
+
+
+class Uneven(nn.Module):
+    """Scales copies differently by a few parts in ten million, as a kernel with a tile may, and less in float64."""
+
+    def forward(self, x): return x * (1 + torch.finfo(x.dtype).eps * torch.arange(x.shape[-1], dtype=x.dtype))
+
+
+def uneven(*behind):
+    net = nn.Sequential(nn.Linear(6, 12), Uneven(), nn.Tanh(), *behind, nn.Linear(12, 3))
+    for p in net.parameters(): nn.init.constant_(p, 0.25)
+    return net
+
+
+def test_rounding_is_named_by_the_probe_and_its_end_is_not_guessed_at():
+    net, batch = uneven(), (exact(16, 6), exact(16, 3))
+    found = check(net, batch, steps=2)
+    assert found.table.parted_by[0] == "rounding noise" and found.rounding.asked == 7
+    assert says(found, "probe") and says(found, "broken the symmetry is not known", "identical ConstNet only")
+    assert json.loads(json.dumps(found.to_dict()))["rounding"]["asked"] == 7
+    without = check(net, batch, steps=2, probe=False)
+    assert without.rounding is None and not says(without, "probe") and len(without.findings) < len(found.findings)
+
+
+def test_what_the_probe_cannot_ask_is_said():
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.rest = nn.GRU(6, 6, batch_first=True), uneven()
+
+        def forward(self, x): return self.rest(self.body(x)[0])
+    assert says(check(Read(), x(4, 5, 6)), "Called, but not asked: gru")
+
+
+def test_no_probe_without_rounding(monkeypatch):
+    monkeypatch.setattr(symmetry, "rounding", lambda *_: pytest.fail("asked for nothing"))
+    assert check(mlp(), x(8, 6), steps=2).rounding is None
+    net = mlp()
+    nn.init.constant_(net[0].weight, 0.1), nn.init.zeros_(net[0].bias)
+    check(net, exact(8, 6))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="float64 products on x86")
+def test_products_in_float64_part_copies_by_rounding_at_the_size_of_the_probe():
+    wide = nn.Sequential(nn.Linear(20, 37), nn.Tanh(), nn.Linear(37, 10)).double()
+    with torch.no_grad():
+        for p in (*wide[0].parameters(), wide[2].weight.T): p.copy_(p[:1].expand_as(p).clone())
+    found = check(wide, x(16, 20).double(), steps=5)
+    assert found.table.parted_by[0] == "rounding noise" and says(found, "copies come out as", "eps", "float64")
+    assert {"linear", "head, input gradient"} & set(found.rounding.table.op)
+    assert (found.rounding.table.channel_size > 0).all() and found.rounding.steps is None
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="oneDNN's AVX2 kernels")
+def test_an_identical_constnet_is_told_when_rounding_will_have_broken_it():
+    torch.manual_seed(2)
+    batch = x(32, 3, 8, 8), torch.randint(10, (32,))
+    found, = in_new_processes(check, ConstNet(10, 2), batch, None, 20, 0.1, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert set(found.rounding.table.op) == {"conv2d, weight gradient"} and found.rounding.table.distinct.eq(2).all()
+    assert says(found, "rounding noise on this machine", "stages.2.1.conv") and 100 < found.rounding.steps < 1000
+    assert says(found, f"after about {found.rounding.steps:.0f} steps of SGD at 0.1", "growth")
 
 
 def test_networks_of_this_package():
@@ -407,6 +473,13 @@ def test_a_module_in_two_places_is_judged_by_both_calls():
     assert list(state) == ["shared", "head"] and says(found, "Called more than once", "shared (2 times)")
 
 
+def test_a_norm_of_a_tiny_batch_makes_no_copies():
+    """Of two numbers a batch norm makes 1 and -1, whatever they are."""
+    net = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3))
+    state, found = states(net, 1e3 * x(2, 6), steps=0)
+    assert state["1"] == "diverse" and found.table.distinct_activations[1] < 40
+
+
 def test_what_plays_no_part_is_said_to():
     class Part(nn.Module):
         def __init__(self):
@@ -588,11 +661,32 @@ def shown(kind):
             re.findall(rf"```{kind}\n([^`]*)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)]
 
 
-@pytest.mark.parametrize("command, expected", shown("sh"))
+@pytest.mark.parametrize("command, expected", [pair for pair in shown("sh") if pair[0].startswith("symbreak check")])
 def test_the_page_shows_what_the_command_finds(capsys, command, expected):
     """On small images and with fewer steps, which find the same."""
     small = command.replace("3x224x224", "3x32x32").replace("--steps 20", "--steps 1").split()[2:]
     assert expected and findings(verb(capsys, *small, "--batch-size", 4)[1].out) == expected
+
+
+def probes():
+    """The commands of the page that probe a network, each with what the page shows below it."""
+    return re.findall(r"```sh\nsymbreak (probe --from-model [^`]*)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("command, output", probes())
+def test_the_page_shows_what_the_probe_asks(command, output):
+    """All operations of the network, whatever a machine says of them, and that there was load."""
+    verb, *argv = command.replace("3x224x224", "3x32x32").split()
+    asked = parse(verb, argv)
+    heard = recorded(make_model(asked.from_model, asked.options), sizes(asked.input, "input"), (3, 2))
+    said = " ".join(output.split())
+    for name in {o.name for o in heard}: assert name in said
+    assert "kept all cores busy" in said and "float32" in said
+
+
+def test_the_page_probes_the_networks_that_it_checks():
+    assert [command.split()[2] for command, _ in probes()] == list(dict.fromkeys(
+        command.split()[2] for command, _ in shown("sh") if command.startswith("symbreak check")))
 
 
 def test_the_page_shows_what_its_python_finds(capsys):
