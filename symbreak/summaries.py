@@ -155,7 +155,7 @@ def breaking_factor(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Serie
     ours, theirs = _string_times(measured), _string_times(predicted).median(axis=1)
     def typical(times):
         either = np.isfinite(times) | np.isfinite(theirs)
-        return math.exp(np.log(theirs[either] / times[either]).mean())
+        return math.exp((np.log(theirs[either]) - np.log(times[either])).mean())
     return ours.apply(typical)
 
 def growth_rates(rows: pd.DataFrame) -> pd.Series: # by seed; NaN where there is none
