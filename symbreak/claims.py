@@ -12,7 +12,7 @@ __all__ = ['HE', 'CONTROL', 'HARDWARE', 'ATOMIC_ROWS', 'ORDERED_ROWS', 'TOY_CLAI
 import pandas as pd
 
 from .experiments import Request, outline, seeds
-from .growth_claims import GROWTH_CLAIMS, RATE_CLAIMS
+from .growth_claims import GROWTH_CLAIMS, ORDER_CLAIMS, RATE_CLAIMS
 from .machine_claims import ARITHMETIC_CLAIMS, PROBE_CLAIMS
 from .plans import ATOMIC_NOISE as ATOMIC, ONE_FEATURE
 from .profiles import PROFILES, Profile
@@ -241,7 +241,8 @@ QUOTIENT_CLAIMS = [
 
 CLAIMS: list[Claim] = [*TOY_CLAIMS, *PROPAGATION_CLAIMS, *BREAKER_CLAIMS, *CORRELATION_CLAIMS, *STRING_CLAIMS,
                        *TRAVEL_CLAIMS, *WIDTH_CLAIMS, *QUOTIENT_CLAIMS, *TABLE_CLAIMS, *SKIP_CLAIMS, *SURVIVAL_CLAIMS,
-                       *PROBE_CLAIMS, *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS, *GROWTH_CLAIMS, *RATE_CLAIMS]
+                       *PROBE_CLAIMS, *ARITHMETIC_CLAIMS, *LENGTH_CLAIMS, *GROWTH_CLAIMS, *RATE_CLAIMS,
+                       *ORDER_CLAIMS]
 
 # %% ../nbs/24_claims.ipynb #f463a2a5
 def verdicts(figure: str, # experiment

@@ -139,7 +139,7 @@ class Config(Settings):
     quotient: bool = False
     "exact control: train the one-copy quotient, which never breaks symmetry"
     copies: Literal[1, 3] = 1
-    "of each feature in a quotient; 3: weight_noise or gradient_noise parts two from the rest (`symbreak.growth`)"
+    "of each feature in a quotient; 3: weight_noise or gradient_noise parts two from the rest (`symbreak.splitting`)"
 
     epochs: int = 60
     "passes over the training images"
@@ -199,10 +199,10 @@ class Config(Settings):
         object.__setattr__(self, "data", canonical(self.data))
         if self.benchmark and self.deterministic:
             raise ValueError("benchmark: True with deterministic=True, but stopwatches are not; allowed: False")
-        alike = self.net == "ConstNet" and self.init == "identical"
+        alike = {"ConstNet": self.init == "identical", "LeakyNet": "h" not in self.init}.get(self.net)
         if self.copies > 1 and not (alike and self.quotient and self.weight_noise > 0):
-            raise ValueError(f"copies: {self.copies}; allowed: 1, and 3 for an identical ConstNet with quotient and "
-                             "weight_noise")
+            raise ValueError(f"copies: {self.copies}; allowed: 1, and 3 for an identical ConstNet or a LeakyNet "
+                             "without random layers, with quotient and weight_noise")
         if self.reduction == "hardware": return
         if self.quotient:
             raise ValueError(f"reduction: {self.reduction!r} with quotient=True, which has no sums over features to "

@@ -21,7 +21,8 @@ from .growth import growth_rate
 from .operations import LARGE_MAPS, PARTS, SMALL_MAPS
 from .outcome import Run
 from .plans import (IS_X86, Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan,
-                            rates_plan, skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
+                            order_plan, rates_plan, skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
+from .prediction import most_asymmetric
 from .profiles import Profile, find_profile, on_data, parts_of
 from .propagation import NETWORKS
 
@@ -114,6 +115,8 @@ EXPERIMENTS = {
                         lengths_plan, last_row, ("init", "breaker", "width", "epochs"), seeds={"cifar": 1}),
     "abl05": Experiment("How fast what is unequal grows: by learning rate, number of steps and width",
                         rates_plan, rate_row, ("lr", "batch_size", "width", "depth"), seeds={"paper": 3}),
+    "abl06": Experiment("Three copies foretell in which order the strings of LeakyNet break", order_plan,
+                        most_asymmetric, ("init", "averaging"), seeds={"quick": 2, "paper": 3}),
 }
 
 # %% ../nbs/21_experiments.ipynb #b5fa8fe4

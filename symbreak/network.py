@@ -12,9 +12,9 @@ from torch import nn
 from .breaking import hooks
 from .config import Config
 from .data import Dataset
-from .growth import part_copies
 from .nets import ConstNet, LeakyNet, UniqueFeatureMLP
 from .quotient import quotient
+from .splitting import part_copies
 
 # %% ../nbs/11b_network.ipynb #9c15aa8c
 def build(config: Config, data: Dataset) -> nn.Module: # on the CPU; random numbers from torch's global generator

@@ -6,7 +6,7 @@
 __all__ = ['COMPUTED', 'ATOMIC_NOISE', 'ONE_ULP', 'ATOMIC', 'STARTS', 'SURVIVAL_WIDTHS', 'IS_X86', 'STEPWISE', 'RATE_WIDTHS',
            'RATE_DEPTHS', 'STRINGS', 'ONE_FEATURE', 'Planned', 'breaker', 'facts', 'breakers_plan', 'skips_plan',
            'survival_plan', 'arithmetic_plan', 'lengths_plan', 'growth_plan', 'rates_plan', 'strings_plan',
-           'travel_plan', 'toy_plan']
+           'order_plan', 'travel_plan', 'toy_plan']
 
 # %% ../nbs/20a_plans.ipynb #c71f606c
 import platform
@@ -185,6 +185,17 @@ def strings_plan(profile: Profile) -> list[Planned]:
     "fig06: LeakyNet's seven initialisations"
     noise = dict(gradient_ulps=1) if profile.emulates_noise else {}
     return _planned({string: replace(profile.leaky, init=string, **noise) for string in STRINGS})
+
+# %% ../nbs/20a_plans.ipynb #d7a90e11
+def order_plan(profile: Profile) -> list[Planned]:
+    "abl06: LeakyNet's strings with all features, and with three copies of those that start with one"
+    short = replace(profile, leaky=replace(profile.leaky, **profile.order))
+    sizes = [eps for eps in profile.step_noises if eps <= 2. ** -11]
+    return ([replace(p, facts=dict(source="all features")) for p in strings_plan(short)] +
+            [Planned(f"{string}, {STEPWISE}, noise {eps:g}",
+                     replace(three_copies(replace(short.leaky, init=string), eps, every_step=True),
+                             measure_steps=short.leaky.measure_steps),
+                     dict(source=STEPWISE, noise=eps)) for eps in reversed(sizes) for string in ONE_FEATURE])
 
 # %% ../nbs/20a_plans.ipynb #e87b021c
 def travel_plan(profile: Profile) -> list[Planned]:

@@ -33,6 +33,7 @@ class Profile:
     growth: dict = field(default_factory=dict)  # changes to `base` where the growth of noise is followed
     noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)  # sizes of that noise, at the start
     step_noises: tuple[float, ...] = (ONE_ULP_RMS,)  # ... and at every step
+    order: dict = field(default_factory=dict)  # changes to `leaky` where the order in which strings break is followed
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`
     of: str = ""  # the profile that this is a variant of; empty: it is one itself
     changes: dict = field(default_factory=dict)  # field -> value, in which the variant differs from it
@@ -88,7 +89,8 @@ PAPER = Profile(
     leaky=Config(**_IMAGES, **_LEAKY, **_GPU, epochs=200),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004),
     images=50_000, seeds=1, emulates_noise=False, control_every=5, widths=(1, 2, 3, 10),
-    growth=dict(epochs=8), noises=_ROUNDING, step_noises=_ROUNDING)
+    growth=dict(epochs=8), noises=_ROUNDING, step_noises=_ROUNDING,
+    order=dict(epochs=4, schedule="constant", measure_steps=400))
 
 SPRINT = Profile(
     "sprint", "ConstNet-16-10 and LeakyNet-16-10, 30 and 14 epochs, meant for half an hour of a GPU",

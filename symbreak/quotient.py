@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['divide_gradient', 'partition', 'QuotientConv2d', 'QuotientLinear', 'QuotientBatchNorm2d', 'Features', 'feature_sets',
-           'quotient', 'expand']
+           'feature_groups', 'quotient', 'expand']
 
 # %% ../nbs/06_quotient.ipynb #eddbf2a9
 import copy
@@ -225,6 +225,13 @@ def _out_group(features: Features, in_group: Tensor) -> Tensor:
     if features.adds_previous: agree.append(in_group)
     return partition(torch.stack(agree, 1))
 
+def feature_groups(model: nn.Module) -> list[Tensor]: # (features,) int64 of the input, then of each of `feature_sets`
+    "Which features of a network are identical, from the input to what the head reads"
+    sets = feature_sets(model)
+    found = [torch.arange(sets[0].writers[0].weight.shape[1])]
+    for features in sets: found.append(_out_group(features, found[-1]))
+    return found
+
 # %% ../nbs/06_quotient.ipynb #d3c8e04f
 def _check_collapsible(model: nn.Module) -> None:
     if not isinstance(model, (ConstNet, LeakyNet, UniqueFeatureMLP)):
@@ -251,19 +258,16 @@ def quotient(model: nn.Module, # ConstNet, LeakyNet or UniqueFeatureMLP without 
     "One copy of each group of bitwise identical features, which trains exactly as the wide network does"
     _check_collapsible(model)
     names = {module: name for name, module in model.named_modules()}
-    exchanged, sets = {}, feature_sets(model)
-    in_group = torch.arange(sets[0].writers[0].weight.shape[1])
-    for features in sets:
-        out_group = _out_group(features, in_group)
+    exchanged, groups = {}, feature_groups(model)
+    for features, in_group, out_group in zip(feature_sets(model), groups, groups[1:]):
         if features.adds_previous and not torch.equal(out_group, in_group):
             raise ValueError(f"model: {names[features.writers[0]]} cannot be collapsed: it parts features that are "
                              "identical before the skip; allowed: layers that treat copies alike")
         for layer in features.writers:
             exchanged[id(layer)] = _quotient_layer(names[layer], layer, in_group, out_group)
         if features.norm is not None: exchanged[id(features.norm)] = QuotientBatchNorm2d(features.norm, out_group)
-        in_group = out_group
     classes = torch.arange(model.head.out_features)
-    exchanged[id(model.head)] = _quotient_layer("head", model.head, in_group, classes)
+    exchanged[id(model.head)] = _quotient_layer("head", model.head, groups[-1], classes)
     return copy.deepcopy(model, exchanged)
 
 # %% ../nbs/06_quotient.ipynb #b799034d

@@ -6,7 +6,8 @@
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'having', 'most_distinct', 'over_blocks', 'width_factor', 'excess_width',
            'string_trend', 'reach', 'break_epoch', 'break_times', 'linearity', 'noise_like', 'prediction_error',
-           'growth_rates', 'rate_exponent', 'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
+           'breaking_order', 'breaking_factor', 'growth_rates', 'rate_exponent', 'survives', 'bits_differ',
+           'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -114,10 +115,10 @@ def break_epoch(rows: pd.DataFrame, threshold: float = 0.1) -> pd.Series:
     "First measured epoch with asymmetry above the threshold, by seed; NaN if there is none"
     return rows.epoch.where(rows.asymmetry > threshold).groupby(rows.seed).min()
 
-def break_times(rows: pd.DataFrame) -> pd.Series: # indexed by noise, seed
+def break_times(rows: pd.DataFrame, by: str = "noise") -> pd.Series: # indexed by that column, and seed
     "When each run broke, interpolated between measured epochs; NaN for one that did not, or that diverged"
     def when(run): return break_time(run) if np.isfinite(run.train_loss.iloc[1:]).all() else math.nan
-    return rows.groupby(["noise", "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
+    return rows.groupby([by, "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
 
 def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
     "Share of the variance of the break time that a line in ln(1 / noise) explains (R^2)"
@@ -137,6 +138,25 @@ def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Seri
     ours, theirs = break_times(measured), break_times(predicted)
     apart = (ours - theirs).abs() / (0.05 * ours).clip(lower=1)
     return apart.unstack("seed").max(skipna=False)  # NaN where either did not break
+
+def _string_times(rows: pd.DataFrame) -> pd.DataFrame: # a row per string, a column per seed; infinite if it never broke
+    times = break_times(rows, "init").unstack("seed")
+    ended = rows[rows.epoch > 0].groupby(["init", "seed"]).train_loss.apply(lambda loss: np.isfinite(loss).all())
+    return times.fillna(math.inf).where(ended.unstack("seed"))  # NaN where a run diverged
+
+def breaking_order(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed of the measured
+    "Rank correlation of the epochs at which strings break with the median of those predicted; never comes last"
+    expected = _string_times(predicted).median(axis=1).rank()
+    return _string_times(measured).apply(lambda times: times.rank().corr(expected[times.index]) if times.notna().all()
+                                         else math.nan)
+
+def breaking_factor(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed of the measured
+    "Typical factor of the predicted over the measured epoch, over the strings that break in either"
+    ours, theirs = _string_times(measured), _string_times(predicted).median(axis=1)
+    def typical(times):
+        either = np.isfinite(times) | np.isfinite(theirs)
+        return math.exp((np.log(theirs[either]) - np.log(times[either])).mean())
+    return ours.apply(typical)
 
 def growth_rates(rows: pd.DataFrame) -> pd.Series: # by seed; NaN where there is none
     "Rate at which asymmetry grows per epoch"

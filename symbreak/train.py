@@ -24,7 +24,6 @@ from .config import Config, learning_rate, usable_device
 from .data import Dataset, Loader
 from .diversity import layer_asymmetry, measure
 from .files import user_path
-from .growth import copies_hooks
 from .images import checked, images, seen
 from .journal import Journal, interruptible, resume, save_checkpoint
 from .network import first_network, seed_of
@@ -33,6 +32,7 @@ from .outcome import Run, save_run
 from .provenance import provenance, weights_digest
 from .quotient import expand
 from .records import check_folder, held, is_finished, keeps_checkpoint
+from .splitting import copies_hooks
 
 _all_ = ["Config", "Run"]
 
