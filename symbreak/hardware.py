@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'CONCERNS', 'SIZES', 'CASE', 'settings_of', 'dtypes_of', 'cores', 'Case', 'cases', 'ask', 'ask_all',
-           'digests', 'in_new_processes', 'fresh_digests', 'concerned', 'ranked', 'summary', 'machine', 'probe',
-           'save_probe', 'read_probe', 'compared']
+           'digests', 'start_process', 'in_new_processes', 'fresh_digests', 'concerned', 'ranked', 'summary', 'machine',
+           'probe', 'save_probe', 'read_probe', 'compared']
 
 # %% ../nbs/08_hardware.ipynb #7d666a33
 import hashlib
@@ -100,22 +100,32 @@ def digests(cases: list[Case], device: str, seed: int) -> list[str]: # "" where 
     "The bits of all results"
     return [row.get("digest", "") for row in ask_all(cases, torch.device(device), seed, _digest)]
 
+# %% ../nbs/08_hardware.ipynb #6ed9785f
 _FRESH = ("import pickle, sys; function, arguments = pickle.load(sys.stdin.buffer); "
           "pickle.dump(function(*arguments), sys.stdout.buffer)")
 
+def start_process(function: Callable, # of a module
+                  arguments: tuple, # of the function
+                  environment: dict[str, str], # variables that are read when a process starts
+) -> subprocess.Popen: # its standard input is open, and ends with this process
+    "Call a function in a new process, which writes what it returns on its standard output, pickled"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    changed = dict(PYTHONPATH=path, OMP_WAIT_POLICY="passive") | environment  # threads that wait do not spin
+    process = subprocess.Popen([sys.executable, "-c", _FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=os.environ | changed)
+    process.stdin.write(pickle.dumps((function, arguments)))
+    process.stdin.flush()
+    return process
+
+# %% ../nbs/08_hardware.ipynb #de184ac3
 def in_new_processes(function: Callable, # of a module
                      *arguments, # of the function
                      processes: int = 1, # at the same time
                      **environment: str, # variables that are read when a process starts
 ) -> list: # what each of them returned
     "Call a function in new processes at once"
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    changed = dict(PYTHONPATH=path, OMP_WAIT_POLICY="passive") | environment  # threads that wait do not spin
-    started = [subprocess.Popen([sys.executable, "-c", _FRESH], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                env=os.environ | changed) for _ in range(processes)]
-    for process in started:
-        process.stdin.write(pickle.dumps((function, arguments)))
-        process.stdin.close()
+    started = [start_process(function, arguments, environment) for _ in range(processes)]
+    for process in started: process.stdin.close()
     found = [process.stdout.read() for process in started]
     if any(process.wait() for process in started):
         raise ValueError(f"processes: {processes}, but a new one failed, see above; allowed with functions of modules")
