@@ -65,17 +65,19 @@ def _rerun_claim(statement: str, deterministic: bool, share: float) -> Claim:
                  tuple(_arithmetic_rows("float32", deterministic, "atomic", rerun) for rerun in (0, 1)),
                  low=share, high=share, unit="%")
 
+_QUICK = ("quick",)  # where it is planned
+
 def _together(processes: int, allreduce: str = "default", rerun: int = 0) -> Rows:
     return _arithmetic_rows("float32", True, rerun=rerun) | dict(processes=processes, allreduce=allreduce)
 
 TOGETHER_CLAIMS = [
-    _arithmetic_claim("gradients of three processes, added up by gloo, break the symmetry", _together(3), SMALL,
+    _arithmetic_claim("gradients of three processes, added up by gloo, break the symmetry", _together(3), _QUICK,
                       low=1e-12),
-    _arithmetic_claim("those of two processes keep it", _together(2), SMALL, low=0, high=0),
-    _arithmetic_claim("those of three, added up in the order of ranks, keep it", _together(3, "ordered"), SMALL, low=0,
-                      high=0),
+    _arithmetic_claim("gradients of two processes, added up by gloo, keep it", _together(2), _QUICK, low=0, high=0),
+    _arithmetic_claim("gradients of three processes, added up in the order of ranks, keep it", _together(3, "ordered"),
+                      _QUICK, low=0, high=0),
     Claim("abl03", "two runs of one seed, on three processes, end in different bits (share of pairs)", bits_differ,
-          tuple(_together(3, rerun=rerun) for rerun in (0, 1)), low=0., high=0., unit="%", profiles=SMALL),
+          tuple(_together(3, rerun=rerun) for rerun in (0, 1)), low=0., high=0., unit="%", profiles=_QUICK),
 ]
 
 _ATOMIC_FLOAT32 = {switch: _arithmetic_rows("float32", switch, "atomic") for switch in (False, True)}
