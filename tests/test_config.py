@@ -22,6 +22,7 @@ def test_a_configuration_is_refused_by_name_or_trains(seed):
         try:
             config = Config(**SMALL | changes)
             if max(config.epochs, config.width, config.depth - 7, config.threads - 1) > 2 or config.compile: continue
+            if config.processes > 1: continue  # seconds each: `tests/test_processes.py` has them
             assert math.isfinite(train(config).history.test_accuracy[0])
             trained += 1
         except ValueError as e:
