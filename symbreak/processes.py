@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from .config import Config
+from .config import Config, launched
 from .hardware import start_process
 from .team import Team
 
@@ -107,7 +107,7 @@ def _group(place: Path | None, rank: int, size: int, device: torch.device) -> It
 # %% ../nbs/12c_processes.ipynb #3ed5b56a
 def own_rank() -> int: # 0 if there are no others, or none yet
     "Which of the processes of a run this one is"
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
 
 @contextmanager
 def together(config: Config, device: torch.device, # of this process
