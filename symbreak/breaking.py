@@ -151,6 +151,7 @@ BREAKERS = (
     Breaker("random reduction", lambda c: c.reduction in GRANULARITIES,
             on_network=lambda model, c, generator: random_reduction_(model, c.reduction_chunks, c.reduction,
                                                                      generator)),
+    Breaker("all-reduce of three or more", lambda c: c.processes > 2 and c.allreduce == "default"),
     Breaker("one ulp in one layer", lambda c: c.ulp_layer != "", on_network=_nudge, after_step=_nudge),
 )
 

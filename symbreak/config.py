@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINIMUM', 'MAXIMUM', 'check_type', 'check_range', 'Settings', 'check_fields', 'Config', 'learning_rate',
-           'check_precision', 'check_isa', 'check_atomic', 'usable_device']
+           'check_precision', 'check_isa', 'check_atomic', 'launched', 'check_processes', 'usable_device']
 
 # %% ../nbs/11_config.ipynb #6a000003
 import hashlib
@@ -35,11 +35,12 @@ def check_type(name: str, value, hint) -> None:
 
 # %% ../nbs/11_config.ipynb #4a53a195
 MINIMUM = dict.fromkeys(("train_size", "test_size", "depth", "width", "distinct", "reduction_chunks", "batch_size",
-                         "measure_every", "threads"), 1)
+                         "measure_every", "threads", "processes"), 1)
 MINIMUM |= dict.fromkeys(("dropout", "weight_noise", "gradient_noise", "gradient_ulps", "ulp_step", "input_noise",
                           "epochs", "warmup", "lr", "momentum", "weight_decay", "rerun", "measure_steps"), 0)
 
-MAXIMUM = dict(depth=100_000, width=100_000, distinct=100_000, threads=4096, dropout=1, gradient_ulps=2 ** 23)
+MAXIMUM = dict(depth=100_000, width=100_000, distinct=100_000, threads=4096, processes=4096, dropout=1,
+               gradient_ulps=2 ** 23)
 
 def check_range(name: str, value, hint=float) -> None: # hint: the annotation of the field
     "Raise ValueError unless `value` is no number, or one in the range of its field"
@@ -172,6 +173,10 @@ class Config(Settings):
     "let cuDNN choose its kernels by stopwatch"
     threads: int = 1
     "CPU threads that share an operation; of an atomic reduction, those that add"
+    processes: int = 1
+    "that train together, each on its part of every batch, on GPUs of their own or on the CPU"
+    allreduce: Literal["default", "ordered"] = "default"
+    "how their gradients are added up: as the backend (NCCL, gloo) does it, or in the order of ranks"
 
     seed: int = 0
     "initialisation, dropout and noise"
@@ -191,8 +196,8 @@ class Config(Settings):
 
     @property
     def cores(self) -> int:
-        "Cores that a run needs for itself: one for each thread, unless its additions are made in order"
-        return 1 if self.deterministic and self.reduction == "atomic" else self.threads
+        "Cores that a run needs for itself: one for each thread of each process, unless its additions are in order"
+        return 1 if self.deterministic and self.reduction == "atomic" else self.threads * self.processes
 
     def __post_init__(self):
         check_fields(self)
@@ -203,6 +208,7 @@ class Config(Settings):
         if self.copies > 1 and not (alike and self.quotient and self.weight_noise > 0):
             raise ValueError(f"copies: {self.copies}; allowed: 1, and 3 for an identical ConstNet or a LeakyNet "
                              "without random layers, with quotient and weight_noise")
+        if self.processes > 1: self._check_together()
         if self.reduction == "hardware": return
         if self.quotient:
             raise ValueError(f"reduction: {self.reduction!r} with quotient=True, which has no sums over features to "
@@ -210,6 +216,18 @@ class Config(Settings):
         if self.compile:
             raise ValueError(f"compile: True with reduction={self.reduction!r}, whose order of summation a compiler "
                              "may change; allowed: False")
+
+    def _check_together(self) -> None:
+        "Refuse what several processes do not do together"
+        alone = dict(quotient="costs as little as one channel", compile="does not see what layers say to each other",
+                     reduction="would be drawn or raced for in each process")
+        for name, reason in alone.items():
+            if (value := getattr(self, name)) != (allowed := Config.__dataclass_fields__[name].default):
+                raise ValueError(f"{name}: {value!r} with processes={self.processes}, but it {reason}; "
+                                 f"allowed: {allowed}, or one process")
+        if ":" in self.device:
+            raise ValueError(f"device: {self.device!r} with processes={self.processes}, which need one each; "
+                             "allowed: auto, cpu, cuda")
 
 # %% ../nbs/11_config.ipynb #a3d38677
 def learning_rate(config: Config, epoch: int, # counted from 0
@@ -250,10 +268,23 @@ def check_atomic(config: Config) -> None:
     if config.precision == "float64":
         raise ValueError("precision: 'float64' with reduction='atomic', but a CPU adds it in order; allowed: float32")
 
+# %% ../nbs/11_config.ipynb #a455f1d0
+def launched() -> int: # 1 if there are no others
+    "How many processes a launcher such as torchrun has started together with this one"
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def check_processes(processes: int) -> None:
+    "Refuse to be one of another number of processes; those that no launcher has started, `train` starts"
+    if "WORLD_SIZE" in os.environ and launched() != processes:
+        raise ValueError(f"processes: {processes}, but {launched()} were started together; allowed here: {launched()}")
+
 # %% ../nbs/11_config.ipynb #db02fdd9
 def usable_device(config: Config) -> torch.device:
     "The device of a configuration, or an error if this process cannot compute there what is asked for"
+    check_processes(config.processes)
     device = resolve_device(config.device)
+    if config.processes > 1 and device.type == "cuda":
+        device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     check_precision(config.precision, device)
     if device.type == "cuda": os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     else:

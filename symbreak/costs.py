@@ -106,7 +106,7 @@ def disk(config: Config) -> int: # bytes
     return text + weight_bytes(config)
 
 # %% ../nbs/27_costs.ipynb #4f20f2fd
-MUST_AGREE = ("net", "quotient", "precision", "reduction", "width", "depth", "copies", "distinct")
+MUST_AGREE = ("net", "quotient", "precision", "reduction", "width", "depth", "copies", "distinct", "processes")
 MAY_AGREE = ("channels_last", "batch_size", "data", "measure_steps", "train_size", "epochs", "gradient_ulps", "dropout",
              "threads", "measure_every")
 
@@ -140,7 +140,8 @@ def timed_runs(store: Store) -> list[Timed]:
 # %% ../nbs/27_costs.ipynb #7ea344d7
 def stopwatch(config: Config, seconds: float = 1.) -> float:
     "Operations per second of training steps, here and now; ValueError if this machine cannot do them"
-    config = replace(config, onednn_isa="default")  # that of another process would not be slower by much
+    count, config = config.processes, replace(config, processes=1,  # as if they did not wait for each other
+                                              onednn_isa="default")  # that of another process is not slower by much
     device, one, shape = usable_device(config), network_cost(config), images(config)
     batch = max(1, min(config.batch_size, int(2e10 // one.step)))  # at most 20 GFLOP a step
     def now() -> float:
@@ -154,7 +155,7 @@ def stopwatch(config: Config, seconds: float = 1.) -> float:
         while steps == 0 or now() - began < seconds:
             for x, y in trainer.train_data: learn(trainer, x, y)
             steps += 4
-        return 4 * batch * one.step * steps / 4 / (now() - began)
+        return count * 4 * batch * one.step * steps / 4 / (now() - began)
 
 # %% ../nbs/27_costs.ipynb #ac667fc4
 class Speed:

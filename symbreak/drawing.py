@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'DASHES', 'RC', 'CURVES', 'style', 'figure', 'looks', 'spr
 # %% ../nbs/30_drawing.ipynb #12f23010
 import math
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import count
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -40,9 +40,10 @@ CURVES = {"He init": 0, "dropout 1 %": 1, "one-ulp gradient noise": 2, "hardware
 def looks(names: list[str]) -> list[tuple]: # (colour, dash) of each
     "The looks of curves, the same in all figures"
     taken = {CURVES[name] for name in names if name in CURVES}
-    left = cycle([i for i in range(len(COLOURS)) if i not in taken] or range(len(COLOURS)))
-    places = [CURVES[name] if name in CURVES else next(left) for name in names]
-    return [(COLOURS[i], DASHES[i]) for i in places]
+    free = [i for i in range(len(COLOURS)) if i not in taken] or range(len(COLOURS))
+    unused = ((i, i + turn) for turn in count() for i in free)  # where colours are used up they get another dash
+    places = [(CURVES[name], CURVES[name]) if name in CURVES else next(unused) for name in names]
+    return [(COLOURS[i], DASHES[dash % len(DASHES)]) for i, dash in places]
 
 # %% ../nbs/30_drawing.ipynb #7e3986e1
 def spread(table: pd.DataFrame, # tidy, one row per observation

@@ -122,13 +122,13 @@ def _local_executor(engine: Engine, folder: Path) -> "submitit.LocalExecutor":
     return executor
 
 # %% ../nbs/16_jobs.ipynb #fd12a58d
-def _slurm_executor(engine: Engine, folder: Path, cores: int, on_gpu: bool) -> "submitit.SlurmExecutor":
+def _slurm_executor(engine: Engine, folder: Path, cores: int, gpus: int) -> "submitit.SlurmExecutor":
     submitit = import_submitit()
     missing = [name for name in ("sbatch", "srun", "sacct") if shutil.which(name) is None]
     if missing: raise ValueError(f"engine: 'slurm', but this machine has no {missing[0]}; allowed here: local, debug")
     executor = submitit.SlurmExecutor(folder, max_num_timeout=_AS_MANY_AS_IT_TAKES)
     asked = dict(job_name="symbreak", time=math.ceil(engine.timeout_min or 240), cpus_per_task=cores,
-                 array_parallelism=engine.at_once or 256, **dict(gpus_per_node=1) if on_gpu else {}) | engine.options
+                 array_parallelism=engine.at_once or 256, **dict(gpus_per_node=gpus) if gpus else {}) | engine.options
     if unknown := sorted(set(asked) - (known := executor._valid_parameters())):
         raise ValueError(f"options: unknown {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     executor.update_parameters(**asked)
@@ -179,11 +179,11 @@ def _earlier_job(ours: TrainJob): # None: there is none that is alive
 # %% ../nbs/16_jobs.ipynb #62d1241b
 def _submit_arrays(engine: Engine, jobs: list[TrainJob]) -> dict: # submitit's job -> ours
     "Jobs to Slurm, those that ask for the same as one array; those that it has are found again"
-    def kind(ours): return ours.config.cores, ours.config.device.startswith("cuda")
+    def kind(ours): return ours.config.cores, ours.config.processes * ours.config.device.startswith("cuda")
     handed = {job: ours for ours in jobs if (job := _earlier_job(ours)) is not None}
     new = [ours for ours in jobs if ours not in handed.values()]
-    for (cores, on_gpu), alike in groupby(sorted(new, key=kind), key=kind):
-        executor, alike = _slurm_executor(engine, jobs_folder(jobs[0].store), cores, on_gpu), list(alike)
+    for (cores, gpus), alike in groupby(sorted(new, key=kind), key=kind):
+        executor, alike = _slurm_executor(engine, jobs_folder(jobs[0].store), cores, gpus), list(alike)
         submitted = dict(zip(executor.submit_array(alike), alike))
         for job, ours in submitted.items(): write_json(ticket_file(ours.store, ours.config), job.job_id)
         handed |= submitted

@@ -137,7 +137,7 @@ def interruptible(journal: Journal, epochs: int): # epochs: of the whole run
     "Whoever interrupts what is inside, by SIGINT or SIGTERM, finds the last whole epoch saved"
     with terminable():
         try: yield
-        except SystemExit:  # a scheduler's signal that time is up
+        except (SystemExit, ConnectionError):  # a scheduler's signal that time is up; another process that has ended
             save_checkpoint(journal)
             raise
         except KeyboardInterrupt:

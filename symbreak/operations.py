@@ -9,15 +9,15 @@ __all__ = ['CHANNELS', 'FLOAT', 'PATIENCE', 'ODD', 'LARGE_MAPS', 'SMALL_MAPS', '
            'network_operations', 'other_operations', 'operations', 'parts']
 
 # %% ../nbs/07a_operations.ipynb #c649a173
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .team import as_ranks
 
 # %% ../nbs/07a_operations.ipynb #f8699f2d
 CHANNELS = "oichedOICHED"  # letters that name features: out, in, channels, heads, features of a head
@@ -215,16 +215,11 @@ def optimizers(o: int, i: int) -> list[Operation]:
 # %% ../nbs/07a_operations.ipynb #77ff8ae6
 def _all_reduce(ranks: Tensor) -> Tensor: # (rank, c) -> what each rank has afterwards
     "Sum over ranks by gloo; each rank is a thread"
-    from torch.distributed import HashStore, ProcessGroupGloo
-    store, done = HashStore(), [r.cpu().clone() for r in ranks]
-    def work(rank: int) -> None:
-        options = ProcessGroupGloo._Options()
-        options._devices, options._timeout = [ProcessGroupGloo.create_device(interface="lo")], timedelta(seconds=20)
-        ProcessGroupGloo(store, rank, len(done), options).allreduce([done[rank]]).wait()
-    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(len(done))]
-    for worker in workers: worker.start()
-    for worker in workers: worker.join()
-    return torch.stack(done)
+    def work(group) -> Tensor:
+        mine = ranks[group.rank()].cpu().clone()
+        group.allreduce([mine]).wait()
+        return mine
+    return torch.stack(as_ranks(work, len(ranks)))
 
 def all_reduce(ranks: int, c: int) -> Operation:
     "A sum over processes, as data-parallel training takes it of gradients"

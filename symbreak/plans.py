@@ -119,9 +119,12 @@ def survival_plan(profile: Profile) -> list[Planned]:
 
 # %% ../nbs/20a_plans.ipynb #f06f441a
 IS_X86 = platform.machine() in ("x86_64", "AMD64")  # which oneDNN has several instruction sets for
+_TOGETHER = {f"{count} processes{', in the order of ranks' * (how == 'ordered')}":
+             dict(processes=count, allreduce=how, device="cpu")
+             for count, how in ((2, "default"), (3, "default"), (3, "ordered"))}
 
 def arithmetic_plan(profile: Profile) -> list[Planned]:
-    "abl03: precision, atomic additions, the switch for determinism, and every run twice"
+    "abl03: precision, atomic additions, several processes, the switch for determinism, and most runs twice"
     few = _few_images(profile) if profile.emulates_noise else {}
     precisions = ("float32", "float64") if profile.emulates_noise else ("tf32", "float32", "bf16")
     base = replace(profile.base, epochs=2, schedule="constant", measure_every=1, **few)
@@ -131,9 +134,12 @@ def arithmetic_plan(profile: Profile) -> list[Planned]:
     if profile.emulates_noise and IS_X86:
         kinds["float32, AVX2, depth 10"] = dict(onednn_isa="AVX2", depth=10, channels_last=False, device="cpu",
                                                 precision="float32")
+    planned = [(kind, changes, switch) for kind, changes in kinds.items() for switch in (False, True)]
+    if profile.together: planned += [(kind, changes, True) for kind, changes in _TOGETHER.items()]
     return [Planned(kind + ", deterministic" * deterministic,
                     replace(base, **changes, deterministic=deterministic, rerun=rerun))
-            for kind, changes in kinds.items() for deterministic in (False, True) for rerun in (0, 1)]
+            for kind, changes, deterministic in planned for rerun in (0, 1)
+            if kind not in _TOGETHER or kind == "3 processes" or rerun == 0]
 
 # %% ../nbs/20a_plans.ipynb #4d032404
 def lengths_plan(profile: Profile) -> list[Planned]:

@@ -26,7 +26,7 @@ from .train import train
 _APART = {"ConstNet": 1e-14, "LeakyNet": 1e-11}  # at the start, where noise comes at every step
 _OFF = dict(dropout=0., gradient_ulps=0, reduction="hardware", reduction_chunks=4, ulp_layer="", ulp_step=0,
             input_noise=0., deterministic=False, compile=False, benchmark=False, threads=1, channels_last=False,
-            device="cpu", onednn_isa="default", rerun=0, measure_steps=0)
+            device="cpu", onednn_isa="default", rerun=0, measure_steps=0, processes=1, allreduce="default")
 
 def three_copies(config: Config, # of an identical ConstNet or a LeakyNet without random layers, of any width
                  eps: float, # relative noise; > 0

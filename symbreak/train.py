@@ -11,16 +11,15 @@ import math
 import time
 from contextlib import nullcontext
 from copy import copy, deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .breaking import hooks
-from .config import Config, learning_rate, usable_device
+from .config import Config, launched, learning_rate, usable_device
 from .data import Dataset, Loader
 from .diversity import layer_asymmetry, measure
 from .files import user_path
@@ -31,8 +30,10 @@ from .numerics import cpu_threads, numerics
 from .outcome import Run, save_run
 from .provenance import provenance, weights_digest
 from .quotient import expand
+from .ranks import heard, together
 from .records import check_folder, held, is_finished, keeps_checkpoint
 from .splitting import copies_hooks
+from .team import Team, alone_, data_parallel, share_, share_of_loss
 
 _all_ = ["Config", "Run"]
 
@@ -50,13 +51,14 @@ def loaders(config: Config, data: Dataset) -> tuple[Loader, Loader]: # for train
 # %% ../nbs/13_train.ipynb #9f1542e2
 class Trainer:
     "All that changes during a run, and what changes it"
-    def __init__(self, config: Config, data: Dataset, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: Config, data: Dataset, device: torch.device, team: Team = Team()):
+        self.config, self.device, self.team = config, device, team
         self.epoch, self.step = 0, 0  # how many are done
         self.noise = torch.Generator(device).manual_seed(seed_of(config, "noise"))
         self.model = first_network(config, data, device, self.noise)
         if config.compile: torch.compiler.reset()  # or the third configuration of a process falls back to eager
         self.forward = torch.compile(self.model) if config.compile else self.model
+        if team.size > 1: self.forward = data_parallel(share_(self.model, team), team, config.allreduce)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum,
                                          weight_decay=config.weight_decay, fused=device.type == "cuda" or None)
         self.train_data, self.test_data = loaders(config, data.to(device))
@@ -76,18 +78,19 @@ def autocast(trainer: Trainer):
     if trainer.config.precision != "bf16": return nullcontext()
     return torch.autocast(trainer.device.type, torch.bfloat16)
 
-def learn(trainer: Trainer, x: Tensor, y: Tensor, # a batch of images and labels
-) -> tuple[Tensor, Tensor]: # mean loss, logits (images, classes)
+def learn(trainer: Trainer, x: Tensor, y: Tensor, # a whole batch of images and labels
+) -> tuple[Tensor, Tensor]: # of this process: its share of the mean loss, how many images it classified correctly
     "One step of SGD"
     config, model = trainer.config, trainer.model
     for hook in trainer.on_batch: x = hook(x, config, trainer.noise)
+    x, mine = trainer.team.part(x), trainer.team.part(y)
     with autocast(trainer): logits = trainer.forward(x)
-    loss = F.cross_entropy(logits.float() if config.precision == "bf16" else logits, y)
+    loss = share_of_loss(logits.float() if config.precision == "bf16" else logits, mine, len(y))
     trainer.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for hook in trainer.on_gradients: hook(model, config, trainer.noise)
     trainer.optimizer.step()
-    return loss.detach(), logits.detach()
+    return loss.detach(), (logits.detach().argmax(1) == mine).sum()
 
 # %% ../nbs/13_train.ipynb #4d9dbd1a
 def wide_model(trainer: Trainer) -> nn.Module:
@@ -113,14 +116,15 @@ def run_epoch(trainer: Trainer) -> dict: # train_loss, train_accuracy: means ove
     for i, (x, y) in enumerate(trainer.train_data, 1):
         lr = learning_rate(trainer.config, trainer.epoch, i / len(trainer.train_data))
         for group in trainer.optimizer.param_groups: group["lr"] = lr
-        loss, logits = learn(trainer, x, y)
+        loss, right = learn(trainer, x, y)
         loss_sum += loss * len(y)
-        correct += (logits.argmax(1) == y).sum()
+        correct += right
         count_step(trainer)
     trainer.epoch += 1
     if trainer.first_step: trainer.digests.append(weights_digest(trainer.first_step))
     trainer.first_step = None
     count = len(trainer.train_data.labels)
+    loss_sum, correct = trainer.team.total(loss_sum), trainer.team.total(correct)
     return dict(train_loss=loss_sum.item() / count, train_accuracy=correct.item() / count)
 
 # %% ../nbs/13_train.ipynb #ea5d624c
@@ -134,8 +138,9 @@ def accuracy(trainer: Trainer) -> float:
     return correct.item() / len(trainer.test_data.labels)
 
 # %% ../nbs/13_train.ipynb #30a0fa2a
-def evaluate(trainer: Trainer) -> dict: # what a row of metrics holds beside the epoch
+def evaluate(trainer: Trainer) -> dict: # what a row of metrics holds beside the epoch; nothing on ranks other than 0
     "Test accuracy and the diversity of weights and features"
+    if trainer.team.rank: return {}
     share, found = accuracy(trainer), measure(wide_model(trainer), trainer.probe)
     trainer.layers, trainer.blocks = found.pop("layers"), found.pop("blocks")
     most = max(filter(None, found["distinct"]), default=None)
@@ -182,7 +187,7 @@ def run_epochs(trainer: Trainer, journal: Journal, stop: Callable | None, checkp
         journal.log(row)
         if not math.isfinite(row["train_loss"]): status = "diverged"
         elif trainer.epoch >= config.epochs: status = "finished"
-        elif stop is not None and stop(): status = "paused"
+        elif trainer.team.agreed(stop is not None and stop()): status = "paused"
         may_go_on = status in ("running", "paused") or keeps_checkpoint(config, status)
         if may_go_on and journal.files: journal.remember(trainer_state(trainer))
         if status != "running" or trainer.epoch == 1 or time.perf_counter() > due_at:
@@ -199,16 +204,19 @@ def finish(trainer: Trainer, journal: Journal, status: str) -> Run: # status: as
                   epochs_done=trainer.epoch, steps_done=trainer.step,
                   digests=dict(zip(("step_0", "step_1"), trainer.digests), end=weights_digest(trainer.model)),
                   wall_s=round(journal.wall_s, 3))
-    run = Run(trainer.config, journal.metrics, trainer.steps, record, trainer.model)
+    trainer.team.check_same("the digest of the weights", record["digests"]["end"])
+    model = trainer.model if trainer.team.size == 1 else alone_(deepcopy(trainer.model))
+    run = Run(trainer.config, journal.metrics, trainer.steps, record, model)
     if journal.files is not None: save_run(run, journal.files.folder)
-    return run
+    return run if trainer.team.size == 1 else replace(trainer.team.agreed(replace(run, model=None)), model=model)
 
-# %% ../nbs/13_train.ipynb #4534d6a6
+# %% ../nbs/13_train.ipynb #d2e9a2b2
 def _finished(folder: Path | None, config: Config, data: Dataset | None) -> Run | None:
     "The run that the folder of `config` holds, if it has come to its end on the images at hand"
     if folder is None or check_folder(folder, config): return None
     return checked(Run.load(folder), data) if is_finished(folder) else None
 
+# %% ../nbs/13_train.ipynb #4534d6a6
 def train(config: Config, # what to train
           folder: Path | str | None = None, # where the run lives; None: nothing is written
           report: Callable | None = None, # called as report(epoch, row) after each epoch, and where a run goes on
@@ -219,17 +227,22 @@ def train(config: Config, # what to train
 ) -> Run: # with history and record, and with the trained model unless the folder's run was finished already
     "Train one network; in a folder, go on where an earlier call stopped"
     device, folder = usable_device(config), None if folder is None else user_path(folder, "folder")
-    if run := _finished(folder, config, data): return run
+    if launched() == 1 and (run := _finished(folder, config, data)): return run
+    follow = train, config, None, None, None, checkpoint_every_s, data
     if data is None: data = images(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
          cpu_threads(config.operation_threads), \
-         numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches:
-        trainer = Trainer(config, data, device)
+         numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches, \
+         together(config, device, *follow) as team:
+        if team.rank: folder = report = stop = None
+        team.check_same("the digest of the images", data.digest)
+        trainer = Trainer(config, data, device, team)
         with held(folder, config):
-            if run := _finished(folder, config, data): return run
+            if run := team.agreed(_finished(folder, config, data)): return run
             journal = Journal(dict(config=asdict(config), hash=config.hash, **seen(config, data),
                                    switches=switches, **provenance(device) | dict(threads=config.threads)),
                               folder, report)
-            if state := resume(journal, begun): restore(trainer, state)
-            with interruptible(journal, config.epochs): status = run_epochs(trainer, journal, stop, checkpoint_every_s)
+            if state := team.agreed(resume(journal, begun)): restore(trainer, state)
+            with interruptible(journal, config.epochs), heard():
+                status = run_epochs(trainer, journal, stop, checkpoint_every_s)
             return finish(trainer, journal, status)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'HINT', 'SHOWN', 'helps', 'groups', 'options', 'config_of', 'train_verb', 'epoch_bar', 'reporter',
-           'unbroken', 'train_one']
+           'unbroken', 'train_one', 'tell']
 
 # %% ../nbs/33c_training.ipynb #fef9a265
 import ast
@@ -13,15 +13,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
 from typing import Annotated, get_type_hints
 
 import tyro
 
 from .campaign import check_writable
-from .config import Config
+from .config import Config, launched
 from .files import user_path
 from .outcome import Run
+from .ranks import own_rank
 from .records import is_finished
 from .runs import default_store
 from .train import train
@@ -106,15 +108,22 @@ SHOWN = ("train_loss", "train_accuracy", "test_accuracy", "best_test_accuracy", 
 def train_one(config: Config, folder: str | None) -> int: # exit code
     "Train with a progress bar and print the last epoch"
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
+    if config.processes == 1: config = replace(config, processes=launched())
     begun = default_store().shorter(config) if folder is None else None
     folder = default_store().folder(config) if folder is None else user_path(folder, "folder")
-    if not is_finished(folder):  # which may be read-only
-        check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind
-    with epoch_bar(config.epochs) as bar: run = train(config, folder, reporter(bar, config.epochs), begun=begun)
+    if own_rank(): run = train(config, folder, begun=begun)
+    else:
+        if not is_finished(folder):  # which may be read-only
+            check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind
+        with epoch_bar(config.epochs) as bar: run = train(config, folder, reporter(bar, config.epochs), begun=begun)
+        tell(run, folder)
+    return 0 if run.record["status"] == "finished" else 1
+
+def tell(run: Run, folder: Path) -> None:
+    "Print the last epoch of a run"
     last, record = run.metrics[-1], run.record
     print(f"{record['status']} after {record['epochs_done']} epochs in {record['wall_s']:.0f} s: {folder}")
     if run.unchecked: print(f"  its images are not at hand and were not compared ({run.unchecked})")
     for name in SHOWN:
         if last.get(name) is not None: print(f"  {name:20} {last[name]:.6g}")
     if unbroken(run): print(HINT)
-    return 0 if record["status"] == "finished" else 1
