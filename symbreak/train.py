@@ -234,7 +234,7 @@ def train(config: Config, # what to train
          cpu_threads(config.operation_threads), \
          numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches, \
          together(config, device, *follow) as team:
-        if team.rank: folder = report = stop = None
+        if team.rank: folder = report = stop = begun = None
         team.check_same("the digest of the images", data.digest)
         trainer = Trainer(config, data, device, team)
         with held(folder, config):

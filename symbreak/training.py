@@ -109,9 +109,9 @@ def train_one(config: Config, folder: str | None) -> int: # exit code
     "Train with a progress bar and print the last epoch"
     if config.onednn_isa != "default": os.environ["ONEDNN_MAX_CPU_ISA"] = config.onednn_isa
     if config.processes == 1: config = replace(config, processes=launched())
-    begun = default_store().shorter(config) if folder is None else None
+    begun = default_store().shorter(config) if folder is None and not own_rank() else None
     folder = default_store().folder(config) if folder is None else user_path(folder, "folder")
-    if own_rank(): run = train(config, folder, begun=begun)
+    if own_rank(): run = train(config, folder)
     else:
         if not is_finished(folder):  # which may be read-only
             check_writable(folder.parent, "--folder")  # not the folder itself: wrong options leave nothing behind

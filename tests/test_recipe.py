@@ -77,6 +77,8 @@ CHANGES = {  # field -> another value, what is not the same under it, the rest o
     "compile": (True, compiled, {}),  # compiled code may round alike; that it trains: test_train
     "benchmark": (True, switches, {}),
     "threads": (2, threads, {}),
+    "processes": (3, weights, {}),
+    "allreduce": ("ordered", weights, dict(processes=3)),
     "seed": (1, weights, dict(init="he", data_seed=0)),
     "data_seed": (1, weights, {}),
     "rerun": (1, None, {}),  # it is for runs whose arithmetic does not repeat itself, and here it does
