@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 from .breaking import from_probe
 from .calls import Listener
 from .diversity import asymmetry
-from .growth import break_time, copies_hooks, split_
+from .growth import break_time
 from .hardware import Case, ask_all, concerned, ranked
 from .nets import ConstNet
 from .parting import copied, default_loss, fresh, taken_apart, untouched
 from .properties import answers
 from .quotient import quotient
+from .splitting import copies_hooks, split_
 
 # %% ../nbs/08d_rounding.ipynb #a4b417d3
 def hear(model: nn.Module, batch: Any) -> Listener: # batch: as `symbreak.check` takes it

@@ -21,7 +21,8 @@ from symbreak.experiments import Request
 from symbreak.measurements import archived_measurement, kept_measurement, take_measurement
 from symbreak.records import (RunFiles, append_line, check_files, read_checkpoint, read_record, read_sealed,
                               write_atomic)
-from symbreak.runs import Store, execute, home
+from symbreak.files import home
+from symbreak.runs import Store, execute
 from symbreak.train import train
 
 TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1,

@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 from test_runs import TINY
 
-from symbreak.records import Run, RunFiles
-from symbreak.runs import home
+from symbreak.outcome import Run
+from symbreak.records import RunFiles
+from symbreak.files import home
 from symbreak.train import train
 
 # kills
