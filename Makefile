@@ -6,6 +6,7 @@
 # make lab         JupyterLab on the notebooks, in reading order
 # make notebooks   exports the library, then executes the notebooks again, in place
 # make docs        the documentation site, build/site/index.html
+# make bench       speed as ratios, side by side: benchmarks/README.md (on an idle machine)
 # make look        the site and the report in headless Chromium (apt install chromium), which must have nothing to complain of; pictures in build/shots
 # make hooks       git cleans, exports and lints before each commit, and merges notebooks cell by cell
 # Each installs what it needs into .venv first.
@@ -15,7 +16,7 @@ BIN := .venv/bin
 # One thread per process: several processes with one thread each beat one with several, and threads are part of the arithmetic.
 export OMP_NUM_THREADS := 1
 
-.PHONY: reproduce test soak mutants check lab notebooks docs look hooks clean
+.PHONY: reproduce test soak mutants check lab notebooks docs look bench hooks clean
 
 reproduce: .venv/installed
 	$(BIN)/symbreak reproduce
@@ -57,6 +58,10 @@ docs: .venv/installed-docs
 look: docs
 	$(BIN)/symbreak report
 	$(BIN)/python tools/look_in_browser.py build/site build/report
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/ratios.py --write
+	$(BIN)/python benchmarks/loop_overhead.py
 
 hooks: .venv/installed
 	git config merge.nbdev-merge.name 'notebooks, cell by cell'

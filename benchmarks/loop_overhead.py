@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from symbreak.config import Config
 from symbreak.data import Dataset, load
 from symbreak.diversity import measure
-from symbreak.records import provenance
+from symbreak.provenance import provenance
 from symbreak.train import Trainer, accuracy, run_epoch
 
 

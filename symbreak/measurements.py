@@ -35,6 +35,7 @@ from .images import at_hand, images, seen
 from .operations import SMALL_MAPS, Operation, parts
 from .plans import IS_X86, STRINGS
 from .nets import ConstNet, LeakyNet
+from .processes import in_new_processes
 from .profiles import Profile
 from .propagation import NETWORKS, propagate
 from .provenance import provenance

@@ -8,7 +8,6 @@ __all__ = ['Kinds', 'mode_shares', 'mode_table', 'layer_break_times']
 # %% ../nbs/15a_modes.ipynb #f93f94e8
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn

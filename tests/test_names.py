@@ -1,11 +1,15 @@
 """The names that other people's code relies on come from symbreak itself, and cost nothing until they are asked for."""
+import builtins
+import dis
 import subprocess
 import sys
 from importlib import import_module
+from types import CodeType
 
 import pytest
 
 import symbreak
+from symbreak.files import home
 
 
 @pytest.mark.parametrize("name, module", symbreak._PLACES.items())
@@ -32,3 +36,18 @@ def test_modules_named_like_their_function_stay_modules():
     import symbreak.quotient
     import symbreak.train
     assert callable(symbreak.quotient.quotient) and callable(symbreak.train.train)
+
+
+def _code_of(code: CodeType):
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType): yield from _code_of(inner)
+
+
+@pytest.mark.parametrize("path", sorted((home() / "symbreak").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_functions_know_all_names_that_they_use(path):
+    """Star imports of a notebook can hide from lint that its module lacks an import."""
+    known = vars(builtins) | vars(import_module(f"symbreak.{path.stem}"))
+    used = {step.argval for code in _code_of(compile(path.read_text(encoding="utf-8"), path, "exec"))
+            for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    assert not used - set(known)

@@ -1,0 +1,158 @@
+"""Speed as ratios, each measured side by side in one process: what `benchmarks/README.md` shows.
+
+    python benchmarks/ratios.py [--rounds 5] [--write]
+
+Every pair is timed in turns, round by round, on one thread; what is printed is the median of the ratios and their
+range. Pairs: the loop against a customary one, at 32x32; a step of the quotient against one of the wide network, at the
+paper's size; atomic additions against plain ones; and what a start costs beside importing torch.
+"""
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as Images
+
+from loop_overhead import random_images, seconds
+from symbreak.cache import import_torchvision
+from symbreak.config import Config
+from symbreak.data import Dataset, load
+from symbreak.nets import ConstNet
+from symbreak.numerics import cpu_threads
+from symbreak.provenance import provenance
+from symbreak.quotient import quotient
+from symbreak.train import Trainer, run_epoch
+
+PAGE = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- ratios: start -->", "<!-- ratios: end -->"
+
+
+class Pictures(Images):
+    """Images as torchvision's CIFAR10 hands them out: one PIL image at a time, transformed by the worker."""
+
+    def __init__(self, data: Dataset):
+        self.images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data.train_images]
+        self.labels = data.train_labels.tolist()
+        transforms = import_torchvision().transforms
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=data.pad, padding_mode="reflect"), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(data.mean, data.std)])
+
+    def __len__(self) -> int: return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple: return self.transform(self.images[i]), self.labels[i]
+
+
+def customary_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: DataLoader) -> float:
+    """The loop of most tutorials: a worker that transforms PIL images, and `.item()` after every step."""
+    model.train()
+    loss_sum = correct = 0
+    for x, y in batches:
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(y)
+        correct += (logits.argmax(1) == y).sum().item()
+    return loss_sum / len(batches.dataset)
+
+
+def in_turns(one: Callable, other: Callable, rounds: int) -> list[float]:
+    """Seconds of one over those of the other, by round; the first warms up."""
+    return [seconds(one) / seconds(other) for _ in range(rounds + 1)][1:]
+
+
+def customary(rounds: int):
+    """How many times longer the customary loop takes, one thread each and a worker for it."""
+    data = random_images(1280)
+    for width in (1, 2):
+        for channels_last in (True, False):
+            config = Config(depth=10, width=width, init="he", lr=0.01, batch_size=128, channels_last=channels_last)
+            ours, theirs = (Trainer(config, data, torch.device("cpu")) for _ in range(2))
+            batches = DataLoader(Pictures(data), config.batch_size, shuffle=True, num_workers=1)
+            yield (f"customary loop / ours, 32x32, k={width}, {'channels last' if channels_last else 'contiguous'}",
+                   in_turns(lambda: customary_epoch(theirs.model, theirs.optimizer, batches), lambda: run_epoch(ours),
+                            rounds))
+
+
+def step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+
+
+def collapsed(rounds: int):
+    """How many times cheaper a step of the quotient is, forward and backward, at the paper's size."""
+    wide = ConstNet(16, 10)
+    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    small = quotient(wide)
+    yield ("wide step / quotient step, ConstNet-16-10, 32x32, batch 16",
+           in_turns(lambda: step(wide, x, y), lambda: step(small, x, y), min(rounds, 3)))
+
+
+def noisy(rounds: int):
+    """What weight gradients cost when two threads add their terms."""
+    for name, data, width in (("digits 8x8, k=2", load("digits"), 2), ("32x32, k=1", random_images(1280), 1)):
+        plain = Config(depth=7, width=width, batch_size=48, lr=0.05, channels_last=True)
+        atomic = replace(plain, reduction="atomic", reduction_chunks=8, threads=2)
+        plain, atomic = (Trainer(config, data, torch.device("cpu")) for config in (plain, atomic))
+        yield (f"atomic additions / plain, an epoch of {name}",
+               in_turns(lambda: run_epoch(atomic), lambda: run_epoch(plain), rounds))
+
+
+def started(rounds: int):
+    """What a start costs, beside importing torch."""
+    def runs(*code): return lambda: subprocess.run([sys.executable, *code], check=True, capture_output=True)
+    torch_alone = runs("-c", "import torch")
+    for name, command in {"import symbreak": ("-c", "import symbreak"), "symbreak --help": ("-m", "symbreak", "--help"),
+                          "from symbreak import check": ("-c", "from symbreak import check")}.items():
+        yield f"`{name}` / `import torch`", in_turns(runs(*command), torch_alone, rounds)
+
+
+def measured(rounds: int) -> pd.DataFrame:
+    rows = []
+    for group in (customary, collapsed, noisy, started):
+        for what, ratios in group(rounds):
+            rows.append({"ratio": what, "median": f"{statistics.median(ratios):.2f}",
+                         "range": f"{min(ratios):.2f} to {max(ratios):.2f}", "rounds": len(ratios)})
+            print(*rows[-1].values(), sep="  ", flush=True)
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def page():
+    """The text between the marks of the page can be replaced."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    yield lambda new: PAGE.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    with cpu_threads(1): table = measured(options.rounds)
+    where = provenance(torch.device("cpu"))
+    small_print = (f"{where['device_name']}, one thread, torch {where['torch']}, commit {where['commit']}, "
+                   f"{time.perf_counter() - began:.0f} s in all.")
+    if options.write:
+        with page() as write: write(table.to_markdown(index=False) + "\n\n" + small_print)
+    print(small_print)
+
+
+if __name__ == "__main__":
+    main()
