@@ -12,6 +12,7 @@ import yaml
 
 from symbreak import pages
 from symbreak.claims import CLAIMS
+from symbreak.files import home
 from symbreak.pages import mathml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,3 +168,8 @@ def test_the_page_about_sweeps_trains(tmp_path, monkeypatch, capsys):
     exec(compile(block.replace('Engine("auto"', 'Engine("debug"'), "slurm.md", "exec"), found)
     assert len(found["table"]) == 4 * 3 and len(list((tmp_path / "runs").glob("*/record.json"))) == 4
     assert "asymmetry" in capsys.readouterr().out
+
+
+def test_no_notebook_tells_where_its_checkout_was():
+    told = [path.name for path in (home() / "nbs").rglob("*.ipynb") if str(home()) in path.read_text(encoding="utf-8")]
+    assert not told
