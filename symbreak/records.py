@@ -178,6 +178,8 @@ def _check_end(folder: Path, found: Config) -> None:
         raise ValueError(f"folder: {folder} holds a run of {found.epochs} epochs that is over "
                          f"({read_record(folder)['status']}) and has left no checkpoint to go on from; use another "
                          "folder")
+    checkpoint = RunFiles(folder).checkpoint
+    if checkpoint.exists(): read_checkpoint(checkpoint)  # damage is told before the shorter run's record goes
 
 # %% ../nbs/12_records.ipynb #dc627e06
 def _why_not(config: Config, found: Config) -> str:

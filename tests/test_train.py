@@ -260,3 +260,15 @@ def test_a_store_goes_on_from_a_shorter_run_only_if_it_is_whole_and_of_the_same_
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
     assert "earlier" not in store.train(LONG).record
     assert store.load(replace(LONG, epochs=3)).metrics == kept.metrics
+
+
+def test_a_damaged_end_costs_a_shorter_run_nothing(tmp_path):
+    """Its checkpoint cannot be gone on from; its record and weights stay."""
+    train(replace(LONG, epochs=2), tmp_path / "run")
+    checkpoint = RunFiles(tmp_path / "run").checkpoint
+    saved = bytearray(checkpoint.read_bytes())
+    saved[len(saved) // 2] ^= 1
+    checkpoint.write_bytes(saved)
+    with pytest.raises(ValueError, match="checkpoint: .* cannot be read"): train(LONG, tmp_path / "run")
+    assert Run.load(tmp_path / "run").config.epochs == 2
+    assert RunFiles(tmp_path / "run").model.exists()
