@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATES', 'writing', 'write_atomic', 'write_json', 'write_lines', 'append_line', 'read_lines', 'without_nan',
            'RunFiles', 'sealed', 'read_sealed', 'file_digest', 'with_digests', 'check_files', 'read_record',
-           'is_finished', 'keeps_checkpoint', 'is_longer', 'whose', 'check_folder', 'held', 'write_checkpoint',
-           'read_checkpoint']
+           'is_finished', 'write_checkpoint', 'read_checkpoint', 'keeps_checkpoint', 'is_longer', 'whose',
+           'check_folder', 'held']
 
 # %% ../nbs/12_records.ipynb #6b000003
 import hashlib
@@ -150,6 +150,28 @@ def is_finished(folder: Path) -> bool:
     "Does the folder hold a run that reached its end, by its last epoch or by diverging?"
     return read_record(folder).get("status", "paused") != "paused"
 
+# %% ../nbs/12_records.ipynb #d0bae8ca
+def _head(saved: bytes) -> bytes: return b"symbreak checkpoint " + hashlib.sha256(saved).hexdigest().encode() + b"\n"
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    "Save the state of a run with its digest, atomically"
+    def write(f):
+        torch.save(state, saved := io.BytesIO())
+        f.writelines((_head(saved.getbuffer()), saved.getbuffer()))
+    write_atomic(path, write)
+
+def read_checkpoint(path: Path) -> dict:
+    "What a paused run has saved, on the CPU, or an error that says what to do with a broken file"
+    head, _, saved = (whole := Path(path).read_bytes()).partition(b"\n")
+    old = whole.startswith(b"PK")  # written before there were digests
+    try:
+        if not old and head + b"\n" != _head(saved): raise ValueError("digest")
+        return torch.load(io.BytesIO(whole if old else saved), map_location="cpu", weights_only=True)
+    except MemoryError: raise  # not the file's fault
+    except Exception as e:  # RuntimeError, EOFError, UnpicklingError, ...
+        raise ValueError(f"checkpoint: {path} cannot be read ({type(e).__name__}); "
+                         "delete it to start that run again") from None
+
 # %% ../nbs/12_records.ipynb #1d79161a
 def keeps_checkpoint(config: Config, status: str) -> bool: # status: one of STATES
     "Whether a run that has ended so keeps its checkpoint, for a longer one to go on from"
@@ -216,25 +238,3 @@ def held(folder: Path | None, # None: nothing to hold
             for path in (files.record, files.model): path.unlink(missing_ok=True)
         if goes_on or not files.config.exists(): write_json(files.config, asdict(config))
         yield
-
-# %% ../nbs/12_records.ipynb #d0bae8ca
-def _head(saved: bytes) -> bytes: return b"symbreak checkpoint " + hashlib.sha256(saved).hexdigest().encode() + b"\n"
-
-def write_checkpoint(path: Path, state: dict) -> None:
-    "Save the state of a run with its digest, atomically"
-    def write(f):
-        torch.save(state, saved := io.BytesIO())
-        f.writelines((_head(saved.getbuffer()), saved.getbuffer()))
-    write_atomic(path, write)
-
-def read_checkpoint(path: Path) -> dict:
-    "What a paused run has saved, on the CPU, or an error that says what to do with a broken file"
-    head, _, saved = (whole := Path(path).read_bytes()).partition(b"\n")
-    old = whole.startswith(b"PK")  # written before there were digests
-    try:
-        if not old and head + b"\n" != _head(saved): raise ValueError("digest")
-        return torch.load(io.BytesIO(whole if old else saved), map_location="cpu", weights_only=True)
-    except MemoryError: raise  # not the file's fault
-    except Exception as e:  # RuntimeError, EOFError, UnpicklingError, ...
-        raise ValueError(f"checkpoint: {path} cannot be read ({type(e).__name__}); "
-                         "delete it to start that run again") from None
