@@ -47,6 +47,7 @@ SHOWS = {  # what the navigation calls a figure; one that is not here is called 
     "abl03": "Arithmetic of the device",
     "abl04": "Time to catch up",
     "abl05": "Rates of growth",
+    "abl06": "LeakyNet: which string breaks first",
 }
 
 TEMPLATE = (Path(__file__).parent / "notebook.md.j2").read_text(encoding="utf-8")
@@ -134,11 +135,23 @@ def prepared(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return cell
 
 
+def leading(cells: list) -> list:
+    """The cells of a figure's notebook with the code before the first output under one lid: the figure leads."""
+    before = list(takewhile(lambda cell: cell.cell_type == "code" and not cell.outputs, cells[1:]))
+    first = cells[1 + len(before)]
+    if first.cell_type != "code": return cells  # not executed
+    first.source = "\n\n".join(cell.source for cell in [*before, first])
+    first.metadata.fold = "Code of the figure"
+    return [cells[0], first, *cells[2 + len(before):]]
+
+
 def notebook_markdown(notebook: Notebook, root: Path = ROOT) -> str:
     """A notebook as Markdown; that of a figure with links to the files of the figure below its title."""
     shown = presentable(read(notebook.path))
     shown.cells = [prepared(cell) for cell in shown.cells if not HIDDEN.match(cell.source)]
-    if notebook.page.startswith("figures/"): shown.cells.insert(1, nbformat.v4.new_markdown_cell(links(notebook, root)))
+    if notebook.page.startswith("figures/"):
+        title, *rest = leading(shown.cells)
+        shown.cells = [title, nbformat.v4.new_markdown_cell(links(notebook, root)), *rest]
     shown.metadata.alt = ": ".join(headline(shown))
     return MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(shown)[0]
 
@@ -267,6 +280,11 @@ FILLED = {"reading list": reading_list, "gallery": gallery, "headline claims": c
 
 def on_page_markdown(markdown, page, config, files):
     return re.sub(r"<!-- ([a-z ]+) -->", lambda found: FILLED[found[1]](), markdown)
+
+
+def on_post_template(output_content, template_name, config):
+    # Its addresses begin at the root of a server, which the site need not be.
+    return "" if template_name == "404.html" else output_content
 
 
 def on_page_content(html, page, config, files):

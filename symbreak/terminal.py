@@ -13,13 +13,13 @@ from contextlib import contextmanager
 def console() -> "rich.console.Console":
     "Standard output, wide enough for tables where it is no terminal"
     from rich.console import Console
-    return Console(width=None if sys.stdout.isatty() else 150)
+    return Console(width=None if sys.stdout.isatty() else 130)
 
 # %% ../nbs/32c_terminal.ipynb #020072a2
 def print_table(table: "pandas.DataFrame", title: str, bad: tuple[str, ...] = ("no",)) -> None:
     "Print a table"
     from rich.table import Table
-    shown = Table(*table.columns, title=title, title_justify="left")
+    shown = Table(*table.columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for row in table.itertuples(index=False):
         cells = ["" if value is None or value != value else f"{value:g}" if isinstance(value, float) else str(value)
                  for value in row]
