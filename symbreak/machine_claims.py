@@ -17,11 +17,11 @@ from .verdicts import ALL, SMALL, Claim, Rows
 _QUIET = tuple(part for part in PARTS if part != "additions")
 _HERE = dict(onednn_isa="default")
 
-def _probe_claim(statement: str, rows: Rows, profiles: tuple[str, ...] = SMALL, headline: str = "",
+def _probe_claim(statement: str, rows: Rows, profiles: tuple[str, ...] = SMALL,
                  low: float = -math.inf, high: float = math.inf, **verdicts: bool) -> Claim:
     "Share of the cases that have these verdicts"
     return Claim("fig10", f"{statement} (share of cases)", having(**verdicts), (_HERE | rows,), low=low, high=high,
-                 unit="%", profiles=profiles, headline=headline)
+                 unit="%", profiles=profiles)
 
 NOISE_CLAIMS = [
     _probe_claim("under the deterministic switch, a rerun has other bits", dict(setting="deterministic"),
@@ -42,8 +42,7 @@ COPIES_CLAIMS = [
 ]
 SEPARATE_CLAIMS = [
     _probe_claim("repeats itself to the bit, and tells copies apart", {}, low=0.01, deterministic=True,
-                 equivariant=False,
-                 headline="An operation can repeat itself to the bit and still tell identical channels apart (cases)"),
+                 equivariant=False),
     _probe_claim("treats copies alike, and looks at the rest of the batch", {}, low=0.01, equivariant=True,
                  batch_invariant=False),
     _probe_claim("ignores the rest of the batch, and tells copies apart", {}, low=0.01, equivariant=False,
