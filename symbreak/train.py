@@ -25,6 +25,7 @@ from .diversity import layer_asymmetry, measure
 from .files import user_path
 from .images import checked, images, seen
 from .journal import Journal, interruptible, resume, save_checkpoint
+from .memory import keep_freed_memory
 from .network import first_network, seed_of
 from .numerics import cpu_threads, numerics
 from .outcome import Run, save_run
@@ -52,6 +53,7 @@ def loaders(config: Config, data: Dataset) -> tuple[Loader, Loader]: # for train
 class Trainer:
     "All that changes during a run, and what changes it"
     def __init__(self, config: Config, data: Dataset, device: torch.device, team: Team = Team()):
+        if device.type == "cpu": keep_freed_memory()
         self.config, self.device, self.team = config, device, team
         self.epoch, self.step = 0, 0  # how many are done
         self.noise = torch.Generator(device).manual_seed(seed_of(config, "noise"))
