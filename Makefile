@@ -62,6 +62,7 @@ look: docs
 bench: .venv/installed
 	$(BIN)/python benchmarks/ratios.py --write
 	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/epoch_profile.py
 
 hooks: .venv/installed
 	git config merge.nbdev-merge.name 'notebooks, cell by cell'

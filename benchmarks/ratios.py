@@ -1,12 +1,14 @@
-"""Speed as ratios, each measured side by side in one process: what `benchmarks/README.md` shows.
+"""Speed as ratios, each measured side by side: what `benchmarks/README.md` shows.
 
     python benchmarks/ratios.py [--rounds 5] [--write]
 
 Every pair is timed in turns, round by round, on one thread; what is printed is the median of the ratios and their
-range. Pairs: the loop against a customary one, at 32x32; a step of the quotient against one of the wide network, at the
-paper's size; atomic additions against plain ones; and what a start costs beside importing torch.
+range. Pairs: the loop against a customary one, at 32x32, and with freed memory kept against handed back, each in a
+process of its own, since how memory is kept holds for a whole process; a step of the quotient against one of the wide
+network, at the paper's size; atomic additions against plain ones; and what a start costs beside importing torch.
 """
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -74,17 +76,54 @@ def in_turns(one: Callable, other: Callable, rounds: int) -> list[float]:
     return [seconds(one) / seconds(other) for _ in range(rounds + 1)][1:]
 
 
+AS_IT_COMES = {"GLIBC_TUNABLES": ""}  # the environment in which `keep_freed_memory` leaves the C library alone
+
+
+@contextmanager
+def elsewhere(loop: str, width: int, layout: str, one_core: bool = False, environment: dict = {}):
+    """A function that waits for an epoch of a loop in a process of its own."""
+    command = [sys.executable, __file__, "--epochs-of", loop, str(width), layout, *["one core"] * one_core]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | environment) as process:
+        def epoch():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            if process.stdout.readline() != "done\n": raise RuntimeError(f"{' '.join(command)} ended")
+        yield epoch
+        process.stdin.close()
+
+
+def serve(loop: str, width: str, layout: str, one_core: str = "") -> None:
+    """An epoch for every line of standard input."""
+    if one_core: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    data = random_images(1280)
+    config = Config(depth=10, width=int(width), init="he", lr=0.01, batch_size=128,
+                    channels_last=layout == "channels last")
+    trainer = Trainer(config, data, torch.device("cpu"))
+    batches = DataLoader(Pictures(data), config.batch_size, shuffle=True, num_workers=1)
+    for _ in sys.stdin:
+        if loop == "ours": run_epoch(trainer)
+        else: customary_epoch(trainer.model, trainer.optimizer, batches)
+        print("done", flush=True)
+
+
 def customary(rounds: int):
     """How many times longer the customary loop takes, one thread each and a worker for it."""
-    data = random_images(1280)
     for width in (1, 2):
-        for channels_last in (True, False):
-            config = Config(depth=10, width=width, init="he", lr=0.01, batch_size=128, channels_last=channels_last)
-            ours, theirs = (Trainer(config, data, torch.device("cpu")) for _ in range(2))
-            batches = DataLoader(Pictures(data), config.batch_size, shuffle=True, num_workers=1)
-            yield (f"customary loop / ours, 32x32, k={width}, {'channels last' if channels_last else 'contiguous'}",
-                   in_turns(lambda: customary_epoch(theirs.model, theirs.optimizer, batches), lambda: run_epoch(ours),
-                            rounds))
+        for layout, one_core in (("channels last", False), ("contiguous", False), ("channels last", True)):
+            with elsewhere("customary", width, layout, one_core, AS_IT_COMES) as theirs, \
+                 elsewhere("ours", width, layout, one_core) as ours:
+                where = ", on one core with its worker" if one_core else ""
+                yield f"customary loop / ours, 32x32, k={width}, {layout}{where}", in_turns(theirs, ours, rounds)
+
+
+def kept(rounds: int):
+    """What it costs to hand freed memory back to the system."""
+    for width in (1, 2):
+        with elsewhere("ours", width, "channels last", environment=AS_IT_COMES) as handed_back, \
+             elsewhere("ours", width, "channels last") as ours:
+            yield f"freed memory handed back / kept, an epoch of 32x32, k={width}", in_turns(handed_back, ours, rounds)
 
 
 def step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -122,7 +161,7 @@ def started(rounds: int):
 
 def measured(rounds: int) -> pd.DataFrame:
     rows = []
-    for group in (customary, collapsed, noisy, started):
+    for group in (customary, kept, collapsed, noisy, started):
         for what, ratios in group(rounds):
             rows.append({"ratio": what, "median": f"{statistics.median(ratios):.2f}",
                          "range": f"{min(ratios):.2f} to {max(ratios):.2f}", "rounds": len(ratios)})
@@ -143,7 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
+    parser.add_argument("--epochs-of", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.epochs_of: return serve(*options.epochs_of)
     began = time.perf_counter()
     with cpu_threads(1): table = measured(options.rounds)
     where = provenance(torch.device("cpu"))

@@ -29,6 +29,7 @@ def terminal_bar():
                TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
 
+# %% ../nbs/32b_progress.ipynb #03c3b9b1
 class Progress:
     "Which figure, which runs, how many of their epochs are done, and the time left for them"
     def __init__(self, store: Store, figures: int, every_s: float = 20.):

@@ -126,6 +126,7 @@ def break_times(rows: pd.DataFrame, by: str = "noise") -> pd.Series: # indexed b
     def when(run): return break_time(run) if np.isfinite(run.train_loss.iloc[1:]).all() else math.nan
     return rows.groupby([by, "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
 
+# %% ../nbs/23a_summaries.ipynb #e663d38f
 def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
     "Share of the variance of the break time that a line in ln(1 / noise) explains (R^2)"
     def explained(times): return np.corrcoef(np.log(times.index.get_level_values("noise")), times)[0, 1] ** 2
@@ -145,6 +146,7 @@ def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Seri
     apart = (ours - theirs).abs() / (0.05 * ours).clip(lower=1)
     return apart.unstack("seed").max(skipna=False)  # NaN where either did not break
 
+# %% ../nbs/23a_summaries.ipynb #9084c80d
 def _string_times(rows: pd.DataFrame) -> pd.DataFrame: # a row per string, a column per seed; infinite if it never broke
     times = break_times(rows, "init").unstack("seed")
     ended = rows[rows.epoch > 0].groupby(["init", "seed"]).train_loss.apply(lambda loss: np.isfinite(loss).all())
@@ -164,6 +166,7 @@ def breaking_factor(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Serie
         return math.exp((np.log(theirs[either]) - np.log(times[either])).mean())
     return ours.apply(typical)
 
+# %% ../nbs/23a_summaries.ipynb #3e78f00f
 def growth_rates(rows: pd.DataFrame) -> pd.Series: # by seed; NaN where there is none
     "Rate at which asymmetry grows per epoch"
     return rows.groupby("seed").rate.mean()
@@ -173,6 +176,7 @@ def rate_exponent(column: str) -> Summary: # such as "lr"
     def slope(part): return np.polyfit(np.log(part[column]), np.log(part.rate), 1)[0] if part.rate.all() else math.nan
     return lambda rows: rows.groupby("seed")[[column, "rate"]].apply(slope)
 
+# %% ../nbs/23a_summaries.ipynb #6149de85
 def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
     "Did the seed survive its first steps?"
     return rows.set_index("seed").survives.astype(float)
