@@ -120,6 +120,4 @@ class CheckVerb:
         if batch is None:
             dtype = next((p.dtype for p in model.parameters()), torch.float32)
             batch = make_batch(self.input, self.batch_size, self.tokens, dtype)
-        try: return check(model, batch, steps=self.steps, lr=self.lr, probe=self.probe)
-        except ValueError: raise
-        except Exception as e: raise ValueError(f"model: does not run on this batch ({type(e).__name__}: {e})") from e
+        return check(model, batch, steps=self.steps, lr=self.lr, probe=self.probe)

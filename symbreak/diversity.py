@@ -8,6 +8,7 @@ __all__ = ['JUDGED', 'distinct_features', 'weight_correlation', 'check_known', '
 
 # %% ../nbs/04_diversity.ipynb #ad638462
 import math
+import re
 from functools import lru_cache
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .init import choose
-from .nets import (ConstNet, DeltaOrthogonalNet, FixupBlock, LeakyBlock, LeakyNet, UniqueFeatureMLP,
-                           WeightLayer, WideResNet, layer_outputs, weight_layers)
+from .nets import (ConstNet, DeltaOrthogonalNet, LeakyNet, UniqueFeatureMLP, WeightLayer, WideResNet,
+                           layer_outputs, weight_layers)
 from .propagation import double, evaluating, unit_rows_
 
 # %% ../nbs/04_diversity.ipynb #44512a7c
@@ -149,22 +150,19 @@ def _norm_orbits(model: nn.Module) -> list[Tensor]:
 
 # %% ../nbs/04_diversity.ipynb #6993c88e
 JUDGED = (ConstNet, LeakyNet, WideResNet, DeltaOrthogonalNet, UniqueFeatureMLP)
-
-def _place(module: nn.Module, key: str) -> bool: # whether the table above has the parameter `key` of a module
-    if isinstance(module, (nn.Conv2d, nn.Linear)): return key in ("weight", "bias", "own")
-    if isinstance(module, _BatchNorm): return key in ("weight", "bias")
-    return isinstance(module, (LeakyBlock, FixupBlock)) and key in ("bias", "biases", "scale")
+_BLOCK = r"stages\.\d+\.\d+\."
+_PLACES = re.compile(rf"(stem|head|hidden|{_BLOCK}(conv|bn)[12]?|{_BLOCK}skip)\.(weight|bias|own)|"
+                     rf"{_BLOCK}(bias|biases|scale)")  # of parameters
 
 def check_known(model: nn.Module) -> None:
     "Raise, naming the first parameter whose part in the symmetry is not known"
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None: continue
-            if not isinstance(model, JUDGED) or not _place(module, key):
-                raise ValueError(f"model: {f'{name}.{key}'.lstrip('.')} of {type(model).__name__} cannot be judged; "
-                                 f"allowed: {', '.join(known.__name__ for known in JUDGED)} and their quotients; for "
-                                 "any other model, symbreak.check(model, batch)")
-    if not isinstance(model, JUDGED):
+    if not isinstance(model, nn.Module): raise ValueError(f"model: {type(model).__name__}; allowed: a torch.nn.Module")
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if type(model) not in JUDGED or not _PLACES.fullmatch(name):
+            raise ValueError(f"model: {name} of {type(model).__name__} cannot be judged; "
+                             f"allowed: {', '.join(known.__name__ for known in JUDGED)} and their quotients; for "
+                             "any other model, symbreak.check(model, batch)")
+    if type(model) not in JUDGED:
         raise ValueError(f"model: {type(model).__name__} has no parameters; allowed: a network with features")
 
 # %% ../nbs/04_diversity.ipynb #c40d565f

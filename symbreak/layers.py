@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 # %% ../nbs/08a_layers.ipynb #b9c1a47a
 class Layer(NamedTuple):
@@ -83,8 +84,8 @@ def _recurrent(m: nn.RNNBase | nn.RNNCellBase) -> list[Part]:
 def _is_joined(m: nn.Module) -> bool: return bool(getattr(m, "bidirectional", False) or getattr(m, "proj_size", 0))
 
 def _attention(m: nn.MultiheadAttention) -> list[Part]:
-    one = partial(_split, parts=1, features=m.num_heads)
-    three = partial(_split, parts=3, features=m.num_heads)
+    features = m.num_heads if m.num_heads > 1 else m.embed_dim  # one head has nothing but its units to compare
+    one, three = (partial(_split, parts=n, features=features) for n in (1, 3))
     return [Part({"in_proj_weight": three, "in_proj_bias": three, "bias_k": one, "bias_v": one}
                  | {f"{x}_proj_weight": one for x in "qkv"})]
 
@@ -99,8 +100,14 @@ def parts(module: nn.Module) -> list[Part]:
     for types, find in KINDS:
         if isinstance(module, types): found = find(module); break
     else: return []
+    if any(_is_computed(module, key) for part in found for key in part.views): return []
     if type(module).forward.__module__.startswith("torch."): return found
     return [part._replace(axis=None) for part in found]
+
+def _is_computed(module: nn.Module, key: str) -> bool: # by a parametrization, such as weight_norm, or a property
+    "Whether a module makes a weight out of something else, so that what is left of it says little of its features"
+    if key in module._parameters: return False
+    return is_parametrized(module) or isinstance(getattr(module, key, None), Tensor)
 
 def layers(model: nn.Module) -> list[Layer]: # in order of registration
     "Every parameter of a model, once per module that holds it, as part of a set of features or as a row of its own"
@@ -156,8 +163,9 @@ def module_copies(model: nn.Module) -> list[list[str]]: # names; the largest mod
         else: group.append(name)
     groups = [group for some in found.values() for group in some if len(group) > 1]
     inside = {name for group in groups for name in group}
-    def is_part(name): return any(name[:i] in inside for i, letter in enumerate(name) if letter == ".")
-    return [group for group in groups if not all(map(is_part, group))]
+    def around(name): return next((name[:i] for i, c in enumerate(name) if c == "." and name[:i] in inside), None)
+    def follows(group): return len(set(map(around, group)) - {None}) == len(group)  # from copies around each of them
+    return [group for group in groups if not follows(group)]
 
 def copied_modules(model: nn.Module) -> list[Layer]:
     "`module_copies` as sets of features"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .causes import Trials
 from .init import choose
 from .layers import copied_modules, layers
-from .parting import Trials
 from .rounding import Rounding, rounding
 from .states import STATES, row
 
@@ -164,10 +164,10 @@ def _notes(model: nn.Module, tried: Trials) -> list[str]:
     noted += [f"{' and '.join(shared)} are one parameter." for shared in names.values() if len(shared) > 1]
     often = [f"{name or 'the model'} ({seen.calls} times)" for name, seen in tried.real.seen.items() if seen.calls > 1]
     if often: noted.append(f"Called more than once, and judged by all calls together: {_listed(often)}.")
-    if "quiet" in vars(tried) and tried.quiet.draws:
+    if getattr(vars(tried).get("quiet"), "draws", False):
         noted.append("The model draws random numbers that are not those of dropout; check cannot switch them off, so "
                      "it cannot tell them from other causes.")
-    if tried.why: noted.append(f"Rounding cannot be told from other causes: {tried.why}.")
+    if tried.why: noted.append(f"{tried.why}.")
     return noted
 
 def _sizes(batch: Any) -> str:
@@ -184,8 +184,20 @@ def _refuse(model: nn.Module, steps: int, lr: float) -> None:
     "Raise for what cannot be checked"
     if not isinstance(model, nn.Module): raise ValueError(f"model: {type(model).__name__}; allowed: a torch.nn.Module")
     if next(model.parameters(), None) is None: raise ValueError("model: has no parameters; allowed: one that has some")
-    if not isinstance(steps, int) or steps < 0: raise ValueError(f"steps: {steps!r}; allowed: a whole number >= 0")
+    for name, p in model.named_parameters():
+        if p.is_complex(): raise ValueError(f"model: {name} has complex numbers; allowed: real ones")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"model: {name and f'{name} '}is a {type(module).__name__}; allowed: what it was made "
+                             "from")
+    if type(steps) is not int or steps < 0: raise ValueError(f"steps: {steps!r}; allowed: a whole number >= 0")
     if not lr > 0: raise ValueError(f"lr: {lr!r}; allowed: > 0")
+
+def _trials(model: nn.Module, batch: Any, *how) -> Trials:
+    "The trials, or why the model does not run"
+    try: return Trials(model, batch, *how)
+    except ValueError: raise
+    except Exception as e: raise ValueError(f"model: does not run on this batch ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/09_symmetry.ipynb #555feb38
 def check(model: nn.Module, # any; not changed in any way
@@ -198,7 +210,7 @@ def check(model: nn.Module, # any; not changed in any way
     "Which features of a model are identical, zero, stuck or dead, and what will part those that are identical"
     _refuse(model, steps, lr)
     found, groups = layers(model), copied_modules(model)
-    tried = Trials(model, batch, loss, found + groups, steps, lr)
+    tried = _trials(model, batch, loss, found + groups, steps, lr)
     if not all(map(math.isfinite, tried.real.losses)):
         first, *_, last = tried.real.losses * 2
         raise ValueError(f"batch: the loss goes from {first:.3g} to {last:.3g} in {steps} steps; allowed: a finite "

@@ -19,7 +19,7 @@ def console() -> "rich.console.Console":
 def print_table(table: "pandas.DataFrame", title: str, bad: tuple[str, ...] = ("no",)) -> None:
     "Print a table"
     from rich.table import Table
-    shown = Table(*table.columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    shown = Table(*table.columns, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for row in table.itertuples(index=False):
         cells = ["" if value is None or value != value else f"{value:g}" if isinstance(value, float) else str(value)
                  for value in row]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from symbreak import symmetry
 from symbreak.cache import import_torchvision
@@ -100,7 +101,7 @@ def test_other_weights_behind_copies_part_them():
     nn.init.constant_(net[0].weight, 0.1), nn.init.zeros_(net[0].bias)
     for steps in (0, 20):
         state, found = states(net, x(32, 6), steps)
-        assert state["0"] == "parted" and says(found, "parted by different weights behind them: 0")
+        assert state["0"] == "parted" and says(found, "parted by what is behind them, such as different weights: 0")
 
 
 class FunctionalDropout(nn.Module):
@@ -130,7 +131,8 @@ def test_random_numbers_that_are_not_dropout_are_not_guessed_at():
     net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), Noise(), nn.Linear(12, 3))
     for p in net.parameters(): nn.init.constant_(p, 0.05)
     _, found = states(net, x(32, 6), steps=0)
-    assert says(found, "parted by different weights behind them, or random numbers that the model draws")
+    assert says(found, "parted by what is behind them, such as different weights, or random numbers that the model "
+                       "draws")
     assert says(found, "draws random numbers", "cannot tell")
 
 
@@ -385,7 +387,7 @@ def test_heads_of_a_vision_transformer():
     row = found.table.set_index("layer").loc["attention"]
     assert (row.features, row.distinct_weights) == (4, 4)
     state, found = states(Vision(True, False), images)
-    assert says(found, "parted by different weights behind them: attention (4 features, 1 distinct)")
+    assert says(found, "parted by what is behind them, such as different weights: attention (4 features, 1 distinct)")
     _, found = states(Vision(True, True), images)
     row = found.table.set_index("layer").loc["attention"]
     assert row.state == "identical" or row.parted_by == "rounding noise"
@@ -693,3 +695,148 @@ def test_the_page_shows_what_its_python_finds(capsys):
     (code, expected), = shown("python")
     exec(code, {})
     assert expected and findings(capsys.readouterr().out) == expected
+
+
+class Captured(nn.Module):
+    """Its copy still runs the layers of the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.run = lambda inputs: self.head(torch.relu(self.body(inputs)))
+
+    def forward(self, inputs): return self.run(inputs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("make, says", [
+    (Captured, "model: its copy computes with body.weight of the original"),
+    (lambda: torch.jit.script(mlp()), "model: is a RecursiveScriptModule; allowed: what it was made from"),
+    (lambda: nn.Sequential(torch.jit.trace(mlp(), x(4, 6))), "model: 0 is a TopLevelTracedModule"),
+])
+def test_a_model_whose_copy_computes_with_the_original_is_refused_and_left_alone(make, says):
+    model = make()
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=says): check(model, x(4, 6), steps=2)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+def test_a_weight_that_is_computed_is_not_judged_by_what_is_left():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3))
+    nn.init.normal_(model[0].bias)
+    state, _ = states(model, x(8, 6))
+    assert "0" not in state and state["0.bias"] == state["0.parametrizations.weight.original1"] == "unknown"
+
+
+def test_targets_part_the_classes_of_a_last_layer_whatever_is_made_of_them():
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5), nn.Sigmoid())
+    nn.init.constant_(model[2].weight, 0.1), nn.init.zeros_(model[2].bias)
+    assert says(check(model, x(16, 6), steps=3), "parted by the targets: 2")
+
+
+@pytest.mark.parametrize("drawn", [lambda h: torch.from_numpy(np.random.randn(*h.shape)).to(h),
+                                   lambda h: torch.tensor([random.gauss(0, 1) for _ in range(h.shape[1])]).to(h)])
+def test_random_numbers_of_other_libraries_are_noticed(drawn):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+            for layer in (self.body, self.head): nn.init.constant_(layer.weight, 0.1), nn.init.zeros_(layer.bias)
+
+        def forward(self, inputs):
+            hidden = self.body(inputs)
+            return self.head(hidden * drawn(hidden))
+
+    assert says(check(Noisy(), x(16, 6)), "or random numbers that the model draws: body")
+
+
+def test_dropout_in_what_is_computed_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+            for layer in (self.body, self.head): nn.init.constant_(layer.weight, 0.1), nn.init.zeros_(layer.bias)
+
+        def forward(self, inputs):
+            hidden = self.body(inputs)
+            return checkpoint(lambda h: self.head(F.dropout(h, 0.5, self.training)), hidden, use_reentrant=False)
+
+    found = check(Twice(), (x(16, 6), x(16, 1).expand(16, 3)), steps=2)
+    assert says(found, "parted by not known: body") and says(found, "the model does not run without its dropout")
+
+
+def test_biases_that_alone_are_trained():
+    model = mlp()
+    nn.init.constant_(model[0].weight, 0.1), nn.init.zeros_(model[0].bias)
+    for p in (model[0].weight, model[2].weight): p.requires_grad_(False)
+    state, _ = states(model, x(16, 6))
+    assert (state["0"], state["2"], state["4"]) == ("parted", "diverse", "diverse")
+
+
+def test_features_below_zero_that_something_else_reads_are_not_dead():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(10, 3)
+            nn.init.constant_(self.body.bias, -50.)
+
+        def forward(self, inputs):
+            hidden = self.body(inputs)
+            return self.head(torch.cat([F.relu(hidden), F.relu(-hidden)], 1))
+
+    found = check(Both(), x(16, 6))
+    assert not found.having("dead") and found.table.dead[0] == 0
+
+
+def test_copies_inside_copies_are_named():
+    model = Branches()
+    found = check(model, x(8, 6))
+    assert {row["layer"] for row in found.copies} == {"pairs.0, pairs.1", "pairs.0.0, pairs.0.1, pairs.1.0, pairs.1.1"}
+
+
+class Branches(nn.Module):
+    """Two pairs of layers, all four the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = nn.ModuleList([nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)]) for _ in range(2)])
+        for pair in self.pairs:
+            for layer in pair: layer.load_state_dict(self.pairs[0][0].state_dict())
+
+    def forward(self, inputs): return sum(layer(inputs) for pair in self.pairs for layer in pair)
+
+
+def test_a_teacher_that_is_not_trained_parts_from_its_student():
+    class Distilled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = nn.Linear(6, 5)
+            self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+        def forward(self, inputs): return self.student(inputs) - 2 * self.teacher(inputs)
+
+    assert says(check(Distilled(), x(8, 6), steps=3), "parted by training, which only some of them get")
+
+
+def test_units_of_a_single_head():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(8, 1, batch_first=True), nn.Linear(8, 3)
+            for p in self.attention.parameters(): nn.init.constant_(p, 0.1)
+
+        def forward(self, inputs): return self.head(self.attention(inputs, inputs, inputs, need_weights=False)[0])
+
+    found = check(Attends(), x(4, 5, 8))
+    assert found.table.set_index("layer").features["attention"] == 8
+    assert found.rows[0]["state"] in ("identical", "parted")
+
+
+@pytest.mark.parametrize("model, batch, says", [
+    (nn.Linear(6, 1), (torch.zeros(4, 6), torch.zeros(4)), r"batch: a target of shape \(4,\) for an output of \(4, 1"),
+    (nn.Linear(6, 2), (torch.zeros(4, 6), torch.tensor([0, 1, 2, 0])), "model: does not run on this batch"),
+    (nn.Linear(6, 2), torch.zeros(4, 7), "model: does not run on this batch"),
+    (nn.Linear(6, 2, dtype=torch.complex64), torch.zeros(4, 6), "model: weight has complex numbers"),
+])
+def test_what_cannot_be_run_is_said_in_one_line(model, batch, says):
+    with pytest.raises(ValueError, match=says): check(model, batch)
