@@ -7,7 +7,7 @@ __all__ = ['TENSORS', 'DataError', 'AbsentError', 'cache_dir', 'tensors_digest',
            'find_folder', 'import_torchvision', 'torchvision_images']
 
 # %% ../nbs/10_cache.ipynb #c786aed2
-import hashlib, os, shutil, sys
+import hashlib, os, shutil, stat, sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -77,8 +77,7 @@ def _writing(folder):
 
 def _store(path, key, content):
     "Write a cache file under another name, then rename it"
-    part = path.with_suffix(".part")
-    stored = dict(key=key, content=content, digest=_digests(content)[1])
+    part, stored = path.with_suffix(".part"), dict(key=key, content=content, digest=_digests(content)[1])
     try:
         with _writing(path.parent):
             with open(part, "wb") as out: torch.save(stored, out)
@@ -92,10 +91,9 @@ def cached(path: Path, # the file; its folder is made if there is none
 ) -> dict: # the content
     "What `build()` returns, kept in a file until `key` changes, made by one process at a time; raises `DataError`"
     if (content := _read(path, key)) is not None: return content
-    lock = path.with_suffix(".lock")
     with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
+        (lock := path.with_suffix(".lock")).touch()
     with locked(lock, f"the images in {path}"):
         if (content := _read(path, key)) is None:  # else another process was faster
             content = build()
@@ -186,10 +184,12 @@ _RULES = "2: orientation applied, no transparency"  # how `_image` reads; anothe
 
 def _fingerprint(files):
     "sha256 of relative path, size, times of the last changes and number of every file"
-    try: stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-                  for path in files for s in [path.stat()]]
+    try: found = [(path, path.stat()) for path in files]
     except OSError as e:  # such as a link that leads nowhere
         raise DataError(f"{e.filename}: cannot be read ({e.strerror}); remove or repair it") from None
+    odd = next((path for path, s in found if not stat.S_ISREG(s.st_mode)), None)  # a pipe can be waited for, for ever
+    if odd: raise DataError(f"{odd}: not a file; remove it")
+    stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in found]
     return hashlib.sha256(repr((_RULES, stats)).encode()).hexdigest()
 
 # %% ../nbs/10_cache.ipynb #bb3735e9
@@ -273,9 +273,8 @@ def _archives(cls):
 
 def _tensors(split):
     "Images (n, c, height, width) and labels of a torchvision data set"
-    images = torch.as_tensor(split.data)
-    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, torch.as_tensor(split.targets)
+    images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
+    return images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous(), labels
 
 # %% ../nbs/10_cache.ipynb #9c4d0e9e
 def _unpacked(cls, cache, mirror, progress):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Folder', 'VERBS', 'HELP', 'judged', 'print_claims', 'Reproduce', 'Report', 'List', 'check_verb', 'probe_verb',
-           'train_verb', 'sweep_verb', 'plan_verb', 'in_one_line', 'parse', 'main', 'carry_out', 'guarded']
+           'train_verb', 'sweep_verb', 'plan_verb', 'in_one_line', 'parse', 'main', 'answer', 'carry_out', 'guarded']
 
 # %% ../nbs/34_cli.ipynb #148f1ad1
 import io
@@ -250,15 +250,18 @@ def main(argv: list[str] | None = None) -> int: # exit code
     "Entry point of the `symbreak` command"
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # where ASCII is all it can encode
-    if argv[:1] == ["help"]: argv = [*argv[1:2], "--help"]
+    return guarded(lambda: answer([*argv[1:2], "--help"] if argv[:1] == ["help"] else argv))
+
+def answer(argv: list[str]) -> int: # exit code
+    "Help, the version, or what a verb does"
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        print(HELP, flush=True)
         return 0 if argv else 2
     if argv[0] == "--version":
         from symbreak import __version__
         print(__version__)
         return 0
-    return guarded(lambda: carry_out(parse(argv[0], argv[1:])))
+    return carry_out(parse(argv[0], argv[1:]))
 
 def carry_out(verb: Callable[[], int]) -> int: # exit code
     "Do what a verb does; SIGTERM interrupts it as Ctrl-C does"

@@ -24,7 +24,7 @@ from .data import canonical
 def check_type(name: str, value, hint) -> None:
     "Raise ValueError, which names the field and what is allowed, unless `value` fits the annotation `hint`"
     if get_origin(hint) is Literal:
-        if value not in get_args(hint) or isinstance(value, bool):
+        if value not in get_args(hint) or type(value) not in map(type, get_args(hint)):
             raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(str, get_args(hint)))}")
         return
     kinds = get_args(hint) or (hint,)

@@ -15,11 +15,13 @@ import numpy as np
 def _asymmetries(history: "pandas.DataFrame") -> tuple[np.ndarray, np.ndarray]: # epochs, asymmetries
     "What was measured, in the order of epochs"
     for column in ("epoch", "asymmetry"):
-        if column not in history:
+        if column not in getattr(history, "columns", ()):
             raise ValueError(f"history: no column {column!r}; allowed: epoch and asymmetry, as in Run.history")
     measured = history.dropna(subset=["asymmetry"]).sort_values("epoch")
     if "train_loss" in history and not np.isfinite(history.train_loss.iloc[1:]).all():
         raise ValueError("history: a training loss that is not finite; allowed: that of a run that did not diverge")
+    if np.isinf(measured.asymmetry).any():
+        raise ValueError("history: an asymmetry that is not finite; allowed: that of a run that did not diverge")
     if measured.empty: raise ValueError("history: no asymmetry that is a number; allowed: one with measured epochs")
     return measured.epoch.to_numpy(float), measured.asymmetry.to_numpy(float)
 
@@ -27,7 +29,8 @@ def break_time(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run.
                threshold: float = 0.1, # of the asymmetry; 0 < threshold < 1
 ) -> float: # epochs, between measured ones interpolated in ln(asymmetry); NaN for what never broke
     "When asymmetry first passed the threshold"
-    if not 0 < threshold < 1: raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
+    if not (isinstance(threshold, (int, float)) and 0 < threshold < 1):
+        raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
     epochs, values = _asymmetries(history)
     if values[0] >= threshold:
         raise ValueError(f"history: asymmetry is {values[0]:.3g} at epoch {epochs[0]:g} already; allowed: below the "

@@ -7,6 +7,7 @@ __all__ = ['three_copies', 'most_asymmetric', 'differs_at_start', 'predict']
 
 # %% ../nbs/15_prediction.ipynb #a0fcc8f2
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pandas as pd
@@ -36,7 +37,10 @@ def three_copies(config: Config, # of an identical ConstNet or a LeakyNet withou
     if not eps > 0: raise ValueError(f"eps: {eps!r}; allowed: > 0")
     noise = dict(weight_noise=eps, gradient_noise=0.)
     if every_step: noise = dict(weight_noise=_APART.get(config.net, 0.), gradient_noise=eps)
-    return replace(config, **_OFF, **noise, quotient=True, copies=3, precision="float64", measure_every=1)
+    try: return replace(config, **_OFF, **noise, quotient=True, copies=3, precision="float64", measure_every=1)
+    except ValueError as e:
+        raise ValueError(f"config: {config.label!r}; allowed: an identical ConstNet, or a LeakyNet without random "
+                         f"layers ({e})") from None
 
 # %% ../nbs/15_prediction.ipynb #c2e1a7d1
 def most_asymmetric(run: Run) -> pd.DataFrame: # as `Run.history`; rows of single steps have fractions of epochs
@@ -61,7 +65,10 @@ def differs_at_start(config: Config, data: Dataset | None = None, # None: what t
 def _train(config: Config, data: Dataset | None, store: Store | None) -> Run:
     return train(config, data=data) if store is None else store.train(config, data=data)
 
-def _history(run: Run) -> pd.DataFrame: return most_asymmetric(run) if run.config.net == "LeakyNet" else run.history
+def _when(run: Run, threshold: float) -> float: # epochs; NaN if it did not
+    "When three copies broke"
+    if run.record["status"] == "diverged": return math.nan
+    return break_time(most_asymmetric(run) if run.config.net == "LeakyNet" else run.history, threshold)
 
 def predict(config: Config, # of the runs that are predicted; its own breakers do not matter
             eps: float | tuple[float, ...] = (1e-12, 1e-9, 1e-6, 1e-3), # sizes of relative noise, below
@@ -72,23 +79,24 @@ def predict(config: Config, # of the runs that are predicted; its own breakers d
             store: Store | None = None, # where the runs live; None: nothing is written
 ) -> pd.DataFrame: # columns eps, break_epoch (mean over seeds; NaN if one does not break), low, high, broken, seeds
     "When noise will have broken the symmetry, at a cost that does not depend on width"
-    if not 0 < threshold < 1: raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
-    eps = (eps,) if isinstance(eps, (int, float)) else tuple(eps)
-    if not eps or not all(0 < e < threshold for e in eps):
+    if not (isinstance(threshold, (int, float)) and 0 < threshold < 1):
+        raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
+    eps = tuple(eps) if isinstance(eps, Iterable) else (eps,)
+    if not eps or not all(isinstance(e, (int, float)) and 0 < e < threshold for e in eps):
         raise ValueError(f"eps: {eps!r}; allowed: one or more above 0 and below the threshold of {threshold:g}")
-    if seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
+    if type(seeds) is not int or seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
     if differs_at_start(config, data):
         table = pd.DataFrame([dict(eps=e, break_epoch=0., low=0., high=0., broken=seeds, seeds=seeds) for e in eps])
         table.attrs["reasons"] = dict.fromkeys(eps, "features differ before the first step, whatever the noise")
         return table
-    def when(e, seed):
-        run = _train(replace(three_copies(config, e, every_step), seed=seed), data, store)
-        return math.nan if run.record["status"] == "diverged" else break_time(_history(run), threshold)
     rows, reasons = [], {}
     for e in eps:
-        epochs = pd.Series([when(e, seed) for seed in range(config.seed, config.seed + seeds)])
-        broken = int(epochs.notna().sum())
-        if broken < seeds: reasons[e] = f"{seeds - broken} of {seeds} seeds did not break in {config.epochs} epochs"
+        runs = [_train(replace(three_copies(config, e, every_step), seed=seed), data, store)
+                for seed in range(config.seed, config.seed + seeds)]
+        epochs = pd.Series([_when(run, threshold) for run in runs])
+        broken, diverged = int(epochs.notna().sum()), sum(run.record["status"] == "diverged" for run in runs)
+        why = {"diverged": diverged, f"did not break in {config.epochs} epochs": seeds - broken - diverged}
+        if broken < seeds: reasons[e] = ", ".join(f"{n} of {seeds} seeds {what}" for what, n in why.items() if n)
         rows.append(dict(eps=e, break_epoch=epochs.mean() if broken == seeds else math.nan, low=epochs.min(),
                          high=epochs.max(), broken=broken, seeds=seeds))
     table = pd.DataFrame(rows)

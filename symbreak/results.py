@@ -15,6 +15,7 @@ import pandas as pd
 from .config import Config
 from .data import DataError
 from .experiments import Request, offered, plan
+from .images import one_look
 from .measurements import archived_measurement, kept_measurement, take_measurement
 from .outcome import Run
 from .plans import Planned
@@ -65,7 +66,7 @@ def _collect(request: Request, store: Store) -> pd.DataFrame:
     "The tidy data of what is finished"
     planned = plan(request)
     if planned:
-        runs = {p.config: run for p in planned if (run := store.load(p.config)) is not None}
+        with one_look(): runs = {p.config: run for p in planned if (run := store.load(p.config)) is not None}
         return _run_table(request, planned, runs)
     table = kept_measurement(request, store)
     if table is None: table = archived_measurement(request, store)

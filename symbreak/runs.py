@@ -23,10 +23,10 @@ from typing import Callable, Iterable, Iterator
 from .config import Config, resolve_device
 from .data import Dataset
 from .files import home, user_path
-from .images import checked
+from .images import checked, one_look
 from .outcome import Run
-from .records import (RunFiles, is_finished, read_checkpoint, read_lines, read_record, with_digests,
-                              write_json)
+from .records import (RunFiles, check_files, is_finished, read_checkpoint, read_lines, read_record,
+                              with_digests, write_json)
 from .train import train
 
 # %% ../nbs/14_runs.ipynb #987f048e
@@ -76,7 +76,7 @@ class Store:
     def history(self, configs: Iterable[Config], names: Iterable[str] | None = None) -> "pandas.DataFrame":
         "A row per finished run and measured epoch; `names` of fields are columns, None: those that differ"
         configs = list(dict.fromkeys(configs))
-        runs = {config: run for config in configs if (run := self.load(config)) is not None}
+        with one_look(): runs = {config: run for config in configs if (run := self.load(config)) is not None}
         return histories(runs, differing(configs) if names is None else names)
 
     def epochs_done(self, config: Config) -> int:
@@ -100,9 +100,10 @@ class Store:
 # %% ../nbs/14_runs.ipynb #d53a0a7b
 def copy_small(folder: Path, archive: Path) -> Path: # the folder of the copy
     "Copy the small files of a run into a folder of the same name in an archive"
-    target = archive/folder.name
+    target, files = archive/folder.name, RunFiles(folder)
+    check_files(read_record(folder), *(path for path in (files.metrics, files.steps) if path.exists()))
     target.mkdir(parents=True, exist_ok=True)
-    for path in RunFiles(folder).kept:
+    for path in files.kept:
         if path.exists() and folder != target: shutil.copyfile(path, target/path.name)
     if "seal" not in (record := read_record(target)):
         write_json(RunFiles(target).record, with_digests(record, RunFiles(target)))

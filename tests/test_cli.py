@@ -206,3 +206,12 @@ def test_train_goes_on_with_more_epochs_and_leaves_the_shorter_run(capsys, tmp_p
         for epochs in ("1", "2"): assert cli.main(["train", *options, "--epochs", epochs, *folder]) == 0
         assert "going on after epoch 1 of 2" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("asked", ["help", "--version"])
+def test_a_reader_that_has_seen_enough_is_no_error(asked):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "symbreak", asked], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "Traceback" not in done.stderr

@@ -234,3 +234,14 @@ def test_only_safe_formats_are_loaded():
     unsafe = r"torch\.load\((?!.*weights_only=True)|np\.load\(.*allow_pickle=True|yaml\.load\(|(?<![\w.])(eval|exec)\("
     assert {name for name, text in sources.items() if re.search(unpickles, text, re.MULTILINE)} == {"processes.py"}
     assert {name for name, text in sources.items() if re.search(unsafe, text)} == set()
+
+
+def test_a_damaged_run_is_not_archived(tmp_path):
+    store = Store(tmp_path / "runs")
+    config = Config(train_size=100, test_size=50, depth=7, width=1, epochs=1)
+    store.train(config)
+    files = RunFiles(store.folder(config))
+    files.metrics.write_text(files.metrics.read_text().replace("1", "2", 1))
+    with pytest.raises(ValueError, match="metrics.jsonl: not what the record beside it was written for"):
+        store.archive(config, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -233,8 +233,12 @@ def test_folder_errors_name_the_culprit(tmp_path):
     refuses("dog/9.png: 8x9 pixels, but .*train/cat/0.png has 8x8", root, cache)
     odd.unlink()
     odd.mkdir()
-    refuses("dog/9.png: not a readable 8-bit image", root, cache)
+    refuses("dog/9.png: not a file; remove it", root, cache)
     odd.rmdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(odd)  # whoever opens it waits
+        refuses("dog/9.png: not a file; remove it", root, cache)
+        odd.unlink()
 
     (root / "train" / "emu").mkdir()
     refuses("train/emu: empty class", root, cache)

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from symbreak import cli, measurements
-from symbreak import images as image_checks
 from symbreak.data import DataError
 from symbreak.profiles import PROFILES
 from symbreak.results import archive, reproduce
@@ -53,7 +52,6 @@ def test_runs_of_the_paper_pause_and_finish(small_paper):
 
 def test_what_was_archived_stands_in_for_data_and_hours(small_paper, tmp_path, monkeypatch):
     monkeypatch.setattr(measurements, "DEPTHS", (10,))
-    monkeypatch.setattr(image_checks, "LOOK_S", 1e-6)  # every look is a new one
     made = {name: reproduce(name, "paper", store=small_paper) for name in ("fig03", "abl01")}
     assert archive("paper", tmp_path / "results", small_paper) == 6 + 1  # the runs of abl01, and fig03
     shutil.rmtree(tmp_path / "images")

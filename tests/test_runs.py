@@ -215,13 +215,7 @@ def folder_of(images, root):
     return root
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    "A look holds for no time, and the cache is nobody else's"
-    monkeypatch.setattr("symbreak.images.LOOK_S", 1e-9)
-
-
-def test_images_that_were_replaced_give_no_old_answer(tmp_path, monkeypatch, at_once):
+def test_images_that_were_replaced_give_no_old_answer(tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
     root, store = folder_of(load(), tmp_path / "pets"), Store(tmp_path / "runs")
     config = Config(data=f"folder:{root}/", depth=7, width=1, epochs=1, batch_size=8)
@@ -239,7 +233,7 @@ def test_images_that_were_replaced_give_no_old_answer(tmp_path, monkeypatch, at_
     assert "no such folder" in store.load(config).unchecked
 
 
-def test_images_of_a_caller_are_not_those_of_the_configuration(tmp_path, at_once):
+def test_images_of_a_caller_are_not_those_of_the_configuration(tmp_path):
     store, mine = Store(tmp_path), load().subset(300, 100)
     config = replace(TINY, epochs=1)
     run = store.train(config, data=mine)
