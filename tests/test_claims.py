@@ -44,10 +44,10 @@ def test_what_shows_a_measurement_is_no_part_of_its_source():
 
 
 def test_hashes_of_planned_runs_never_change():
-    """Whoever plans more runs adds their hashes to the list."""
-    planned = {f"{profile}/{name}": {p.config.hash for p in plan(Request(name, profile))}
-               for profile in PROFILES for name in offered(profile)}
-    assert {key: hashes for key, hashes in planned.items() if hashes} == {k: set(v) for k, v in HASHES.items()}
+    """Whoever plans more runs of an experiment that is listed lists theirs too."""
+    for key, hashes in HASHES.items():
+        profile, name = key.split("/")
+        assert {p.config.hash for p in plan(Request(name, profile))} == set(hashes), key
 
 
 def test_committed_runs_have_the_hashes_of_their_configurations():
