@@ -840,3 +840,18 @@ def test_units_of_a_single_head():
 ])
 def test_what_cannot_be_run_is_said_in_one_line(model, batch, says):
     with pytest.raises(ValueError, match=says): check(model, batch)
+
+
+def test_a_model_that_keeps_to_its_own_precision_leaves_small_differences_unknown():
+    class Converts(nn.Linear):
+        def forward(self, inputs): return F.linear(inputs.float(), self.weight.float(), self.bias.float())
+
+    def network(behind):
+        model = nn.Sequential(Converts(6, 5), Uneven(), Converts(5, 3))
+        nn.init.constant_(model[0].weight, 0.1), nn.init.zeros_(model[0].bias)
+        if behind == "equal": nn.init.constant_(model[2].weight, 0.1), nn.init.zeros_(model[2].bias)
+        return model
+
+    found = check(network("equal"), (x(16, 6), x(16, 1).expand(16, 3)), probe=False)
+    assert says(found, "parted by not known: 0") and says(found, "compute in a precision of their own")
+    assert says(check(network("random"), x(16, 6), probe=False), "parted by what is behind them")
