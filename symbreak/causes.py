@@ -56,6 +56,9 @@ class Trials:
     @cached_property
     def quiet(self) -> Trial | None: # without dropout; None if it does not run, and `why`
         if not self.real.drops: return self.real
+        if self.real.again:
+            self.why = "Causes cannot be told: the model computes its dropout again in the backward pass (checkpoints)"
+            return None
         try: return self.attempt(quiet=True)
         except RuntimeError as e:  # such as a checkpoint that finds other numbers when it computes them again
             self.why = f"Causes cannot be told: the model does not run without its dropout ({_short(e)})"

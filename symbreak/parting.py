@@ -214,6 +214,7 @@ class Trial:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # of modules that have copies
     drops: bool = False  # is there dropout?
     draws: bool = False  # are random numbers drawn, of those that may be?
+    again: bool = False  # is something computed again in the backward pass, where nobody watches?
     mixed: bool = False  # are there products in another precision than the model was converted to?
 
 def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -232,6 +233,17 @@ def _random_states(model: nn.Module) -> list: # that can be compared
     states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all(), *(g.get_state() for g in own)]
     return [random.getstate(), repr(np.random.get_state()), *(state.tolist() for state in states)]
 
+def _computes_again(value: Tensor) -> bool:
+    "Whether a reentrant checkpoint is in the graph behind a value; those of the other kind say so themselves"
+    waiting, known = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known: continue
+        if type(node).__name__ == "CheckpointFunctionBackward": return True
+        known.add(node)
+        waiting += [behind for behind, _ in node.next_functions]
+    return False
+
 def _backward(model: nn.Module, batch: Any, loss: Callable | None, watch: Watch, trial: Trial) -> None:
     "One pass forwards and backwards"
     model.zero_grad(set_to_none=True)
@@ -245,6 +257,7 @@ def _backward(model: nn.Module, batch: Any, loss: Callable | None, watch: Watch,
     trial.losses.append(value.item())
     trial.drops |= watch.drops
     trial.mixed |= watch.mixed
+    trial.again |= _computes_again(value)
     if value.requires_grad: value.backward()
 
 # %% ../nbs/08b_parting.ipynb #0ad0e81f
