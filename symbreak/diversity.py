@@ -159,8 +159,8 @@ _PLACES = re.compile(rf"(stem|head|hidden|{_BLOCK}(conv|bn)[12]?|{_BLOCK}skip)\.
 def check_known(model: nn.Module) -> None:
     "Raise, naming the first parameter whose part in the symmetry is not known"
     if not isinstance(model, nn.Module): raise ValueError(f"model: {type(model).__name__}; allowed: a torch.nn.Module")
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if type(model) not in JUDGED or not _PLACES.fullmatch(name):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if type(model) not in JUDGED or not _PLACES.fullmatch(name) or parameter.is_complex():
             raise ValueError(f"model: {name} of {type(model).__name__} cannot be judged; "
                              f"allowed: {', '.join(known.__name__ for known in JUDGED)} and their quotients; for "
                              "any other model, symbreak.check(model, batch)")
