@@ -734,15 +734,19 @@ def test_targets_part_the_classes_of_a_last_layer_whatever_is_made_of_them():
     assert says(check(model, x(16, 6), steps=3), "parted by the targets: 2")
 
 
+class Copied(nn.Module):
+    """Two layers, each of equal features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+        for layer in (self.body, self.head): nn.init.constant_(layer.weight, 0.1), nn.init.zeros_(layer.bias)
+
+
 @pytest.mark.parametrize("drawn", [lambda h: torch.from_numpy(np.random.randn(*h.shape)).to(h),
                                    lambda h: torch.tensor([random.gauss(0, 1) for _ in range(h.shape[1])]).to(h)])
 def test_random_numbers_of_other_libraries_are_noticed(drawn):
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-            for layer in (self.body, self.head): nn.init.constant_(layer.weight, 0.1), nn.init.zeros_(layer.bias)
-
+    class Noisy(Copied):
         def forward(self, inputs):
             hidden = self.body(inputs)
             return self.head(hidden * drawn(hidden))
@@ -752,12 +756,7 @@ def test_random_numbers_of_other_libraries_are_noticed(drawn):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_dropout_in_what_is_computed_twice(reentrant):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
-            for layer in (self.body, self.head): nn.init.constant_(layer.weight, 0.1), nn.init.zeros_(layer.bias)
-
+    class Twice(Copied):
         def forward(self, inputs):
             hidden = self.body(inputs)
             return checkpoint(lambda h: self.head(F.dropout(h, 0.5, self.training)), hidden, use_reentrant=reentrant)
