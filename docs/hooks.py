@@ -6,6 +6,7 @@ page; formulas become MathML, which needs no script. Nothing is executed here.
 """
 import ast
 import re
+import sys
 from configparser import ConfigParser
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,8 @@ from symbreak.profiles import PROFILES
 from symbreak.report import KINDS, devices, files_there, headline_table, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from reading_order import SECTIONS  # noqa: E402
 
 HIDDEN = re.compile(r"#\|\s*(hide|default_exp)\b")
 DIRECTIVES = re.compile(r"^#\|.*\n?", re.MULTILINE)
@@ -70,6 +73,13 @@ def notebooks(root: Path = ROOT) -> list[Notebook]:
     return [Notebook(name, path, f"argument/{path.stem}.md", name) for name, path in paths.items()]
 
 
+def sections(root: Path = ROOT) -> dict[str, list[Notebook]]:
+    """The library notebooks by what they are about, as the reading list of nbs/ divides them."""
+    found = {title: [n for n in notebooks(root) if n.path.match(f"nbs/{pattern}.ipynb")]
+             for title, pattern in SECTIONS.items()}
+    return {title: rooms for title, rooms in found.items() if rooms}
+
+
 def figure_paths(root: Path = ROOT) -> dict[str, Path]:
     """The committed figure notebooks by experiment, in the order of the experiments."""
     found = {path.stem.partition("_")[0]: path for path in sorted((root / "nbs" / "figures").glob("*.ipynb"))}
@@ -110,13 +120,19 @@ def is_constant(statement: ast.stmt) -> bool:
     return all(isinstance(part, (ast.Constant, ast.Tuple, ast.expr_context)) for part in parts)
 
 
+def imports(statement: ast.stmt) -> bool:
+    """Whether a statement imports, or says which of the imported names to hand on."""
+    handed_on = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_all_"
+    return handed_on or isinstance(statement, (ast.Import, ast.ImportFrom))
+
+
 def fold(cell: nbformat.NotebookNode) -> str:
     """What the lid says of a cell that few readers open: imports, private helpers, parameters; else nothing."""
     tags = cell.metadata.get("tags", ())
     if "parameters" in tags or "injected-parameters" in tags: return "Parameters"
     try: statements = ast.parse(cell.source).body
     except SyntaxError: return ""  # such as a line for the shell
-    if statements and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements): return "Imports"
+    if statements and all(map(imports, statements)): return "Imports"
     first = list(takewhile(is_constant, statements))  # constants go with the helpers that follow
     helpers = [getattr(s, "name", "") for s in statements[len(first):]]
     if not helpers or not all(name.startswith("_") for name in helpers): return ""
@@ -173,9 +189,11 @@ def links(notebook: Notebook, root: Path = ROOT) -> str:
 
 def expand(nav: list, root: Path = ROOT) -> list:
     """The navigation with its lists of notebooks, figures and modules filled in."""
-    more = {"argument.md": [{n.label: n.page} for n in notebooks(root)],
+    rooms = sections(root)
+    argument, *machinery = ({title: [{n.label: n.page} for n in rooms[title]]} for title in rooms)
+    more = {"argument.md": [*next(iter(argument.values())), *machinery],
             "figures.md": [{n.label: n.page} for n in figure_notebooks(root)],
-            "reference.md": [{n.name: f"reference/{n.name}.md"} for n in notebooks(root)]}
+            "reference.md": [{title: [{n.name: f"reference/{n.name}.md"} for n in rooms[title]]} for title in rooms]}
     return [{title: [pages[0], *more[pages[0]]] if isinstance(pages, list) and "..." in pages else pages
              for title, pages in item.items()} for item in nav]
 
@@ -183,11 +201,13 @@ def expand(nav: list, root: Path = ROOT) -> list:
 def reading_list(root: Path = ROOT) -> str:
     """The library notebooks, with what each is about."""
     lines = []
-    for number, notebook in enumerate(notebooks(root), 1):
-        node = read(notebook.path)
-        body = re.sub(r"^[#>].*\n?", "", node.cells[0].source, flags=re.MULTILINE).strip()
-        about = body.split("\n\n")[0].replace("\n", " ")
-        lines.append(f"{number}. **[{notebook.label}]({notebook.page})**: {headline(node)[1]}.\n\n    {about}\n")
+    for title, rooms in sections(root).items():
+        lines.append(f"## {title}\n")
+        for notebook in rooms:
+            node = read(notebook.path)
+            body = re.sub(r"^[#>].*\n?", "", node.cells[0].source, flags=re.MULTILINE).strip()
+            about = body.split("\n\n")[0].replace("\n", " ")
+            lines.append(f"- **[{notebook.label}]({notebook.page})**: {headline(node)[1]}.\n\n    {about}\n")
     return "\n".join(lines)
 
 

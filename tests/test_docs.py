@@ -60,6 +60,15 @@ def test_the_gallery_shows_every_committed_picture():
     assert {page for _, page in shown} <= set(MADE)
 
 
+def test_navigation_of_the_notebooks_is_divided_as_their_reading_list_is():
+    nav = {title: pages for item in HOOKS.expand(CONFIG["nav"]) for title, pages in item.items()}
+    divided = [title for item in nav["Reference"][1:] for title in item]
+    assert divided == re.findall("^## (.*)$", (DOCS.parent / "nbs" / "README.md").read_text(), re.MULTILINE)[:4]
+    assert leaves(nav["The argument"])[1:] == [n.page for n in HOOKS.notebooks()]
+    assert [title for item in nav["The argument"][1:] for title, pages in item.items() if isinstance(pages, list)] \
+        == divided[1:]
+
+
 def test_navigation_says_what_a_figure_shows():
     labels = [n.label for n in HOOKS.figure_notebooks()]
     assert len(set(labels)) == len(labels) and not any(re.search(r"(fig|tab|abl)\d", label) for label in labels)
@@ -78,6 +87,7 @@ def test_every_figure_page_links_its_data_its_picture_and_its_notebook():
 def test_what_few_readers_open_is_folded_and_nothing_else():
     def cell(source, *tags): return nbformat.v4.new_code_cell(source, metadata=dict(tags=list(tags)))
     assert HOOKS.fold(cell("import os\nfrom pathlib import Path")) == "Imports"
+    assert HOOKS.fold(cell("from os import path\n\n_all_ = ['path']")) == "Imports"
     assert HOOKS.fold(cell("def _one(): pass\nclass _Two: pass")) == "Helpers: <code>_one</code>, <code>_Two</code>"
     assert HOOKS.fold(cell("ONE = (1, 2)\ndef _one(): pass")) == "Helpers: <code>ONE</code>, <code>_one</code>"
     assert HOOKS.fold(cell("x = 1", "parameters")) == "Parameters"

@@ -1,9 +1,13 @@
 """The tools that judge notebooks see what they should, and nothing else."""
+import nbformat
 import nbformat.v4 as v4
 import pytest
+import torch
 from house import Room, cycles, imported, long_lines, python, upward
-from notebooks import agree, stale, test as wrong_with
+from notebooks import agree, stale, test as wrong_with, texts
 from reading_order import NBS, reading_order
+
+from symbreak.provenance import device_name
 
 
 def write(path, *cells):
@@ -34,6 +38,14 @@ def test_stale_outputs_are_named_with_their_cell():
     assert stale(notebook("a\n", "b\n"), notebook("a\n", "c\n")) == ["cell cell1 holds 'b', puts out 'c'"]
     assert stale(notebook("a\nb\n"), notebook("a\n")) == ["cell cell0 holds 'b', puts out ''"]
     assert stale(notebook("3 s", tags=["varies"]), notebook("4 s")) == []
+
+
+@pytest.mark.parametrize("path", sorted(NBS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_outputs_that_must_be_fresh_do_not_name_the_machine(path):
+    """On another one they would be stale for ever: such a cell is tagged `varies`."""
+    said = "\n".join(line for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
+                     and "varies" not in cell.metadata.get("tags", ()) for line in texts(cell))
+    assert torch.__version__ not in said and device_name(torch.device("cpu")) not in said
 
 
 def test_a_notebook_is_executed_in_its_folder_and_cells_for_other_machines_are_not(tmp_path):
