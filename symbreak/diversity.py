@@ -200,7 +200,7 @@ def _spreads(model: nn.Module) -> Tensor:
     squares = each * torch.ldexp(torch.ones_like(top), 2 * (each[:, 3:] - top))
     return torch.cat([each[:-1], torch.stack([squares[:, 0].sum(), each[:, 1].amax(), squares[:, 2].sum(), top])[None]])
 
-def asymmetry(model: nn.Module, # a network of `symbreak.nets`, or its quotient; raises ValueError for any other
+def asymmetry(model: nn.Module, # a network of `symbreak.nets`; of its quotient, each group counts once; else ValueError
 ) -> float: # 0 <= it <= 1; 0 exactly iff all parameters equal their symmetric copies (bitwise, but 0.0 == -0.0)
     "Relative distance of the parameters from the nearest point that all permutations of features leave alone"
     return _ratio(*_spreads(model)[-1].tolist())

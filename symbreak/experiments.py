@@ -19,7 +19,7 @@ from .config import Config, resolve_device
 from .data import canonical
 from .growth import growth_rate
 from .operations import LARGE_MAPS, PARTS, SMALL_MAPS
-from .outcome import Run
+from .outcome import Run, learned
 from .plans import (IS_X86, Planned, arithmetic_plan, breakers_plan, facts, growth_plan, lengths_plan,
                             order_plan, rates_plan, skips_plan, strings_plan, survival_plan, toy_plan, travel_plan)
 from .prediction import most_asymmetric
@@ -44,13 +44,12 @@ def digest_rows(run: Run) -> pd.DataFrame: return run.history.assign(digest=run.
 # %% ../nbs/21_experiments.ipynb #e42d0cf2
 def survivor_row(run: Run) -> pd.DataFrame:
     "The last epoch, and whether the network is alive"
-    same_answer, finished = run.history.test_accuracy.iloc[0], run.record["status"] == "finished"
-    return last_row(run).assign(survives=lambda t: (t.train_accuracy > 1.2 * same_answer) & finished)
+    return last_row(run).assign(survives=learned(run.history) and run.record["status"] == "finished")
 
 # %% ../nbs/21_experiments.ipynb #f191503b
 def rate_row(run: Run) -> pd.DataFrame:
     "The last epoch, with the rate of growth of asymmetry per epoch and the steps in an epoch"
-    found = growth_rate(run.history, high=1e-8)
+    found = growth_rate(run.history, high=1e-7, points=3)
     return last_row(run).assign(rate=found.rate, rate_error=found.error, window_begin=found.first,
                                 window_end=found.last, reason=found.reason, epoch_steps=run.history.step.iloc[1])
 

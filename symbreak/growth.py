@@ -18,19 +18,27 @@ def _asymmetries(history: "pandas.DataFrame") -> tuple[np.ndarray, np.ndarray]: 
         if column not in getattr(history, "columns", ()):
             raise ValueError(f"history: no column {column!r}; allowed: epoch and asymmetry, as in Run.history")
     measured = history.dropna(subset=["asymmetry"]).sort_values("epoch")
-    if "train_loss" in history and not np.isfinite(history.train_loss.iloc[1:]).all():
+    if "train_loss" in history and not np.isfinite(history.train_loss[history.epoch > 0]).all():
         raise ValueError("history: a training loss that is not finite; allowed: that of a run that did not diverge")
     if np.isinf(measured.asymmetry).any():
         raise ValueError("history: an asymmetry that is not finite; allowed: that of a run that did not diverge")
+    if (measured.asymmetry < 0).any():
+        raise ValueError(f"history: an asymmetry of {measured.asymmetry.min():.3g}; allowed: 0 or more")
+    if not (twice := measured.epoch[measured.epoch.duplicated()]).empty:
+        raise ValueError(f"history: epoch {twice.iloc[0]:g} more than once; allowed: the history of one run")
     if measured.empty: raise ValueError("history: no asymmetry that is a number; allowed: one with measured epochs")
     return measured.epoch.to_numpy(float), measured.asymmetry.to_numpy(float)
+
+def _check_share(name: str, value: float) -> None:
+    "Raise ValueError unless a number is one between 0 and 1"
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < 1):
+        raise ValueError(f"{name}: {value!r}; allowed: between 0 and 1")
 
 def break_time(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run.history`
                threshold: float = 0.1, # of the asymmetry; 0 < threshold < 1
 ) -> float: # epochs, between measured ones interpolated in ln(asymmetry); NaN for what never broke
     "When asymmetry first passed the threshold"
-    if not (isinstance(threshold, (int, float)) and 0 < threshold < 1):
-        raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
+    _check_share("threshold", threshold)
     epochs, values = _asymmetries(history)
     if values[0] >= threshold:
         raise ValueError(f"history: asymmetry is {values[0]:.3g} at epoch {epochs[0]:g} already; allowed: below the "
@@ -45,7 +53,7 @@ def break_time(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run.
 class Growth(NamedTuple):
     "What a straight line through ln(asymmetry) says"
     rate: float # per epoch, of ln(asymmetry); NaN where there is no growth
-    error: float # standard error of the rate
+    error: float # standard error of the rate, if points erred independently
     first: float # epoch at which the window begins
     last: float # epoch at which it ends
     reason: str = "" # why there is no rate
@@ -60,15 +68,19 @@ def _line(epochs: np.ndarray, logs: np.ndarray) -> tuple[float, float, float]: #
 def growth_rate(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run.history`
                 high: float = 0.03, # where asymmetry is no longer small
                 straight: float = 0.98, # R^2 that a line in the window must have
+                points: int = 4, # epochs that it must have; at least 3
 ) -> Growth:
     "Rate of exponential growth of asymmetry per epoch, with its uncertainty and its window"
+    for name, value in (("high", high), ("straight", straight)): _check_share(name, value)
+    if type(points) is not int or points < 3: raise ValueError(f"points: {points!r}; allowed: 3 or more")
     epochs, values = _asymmetries(history)
     end = int((values >= high).argmax()) if (values >= high).any() else len(values)
     none = Growth(math.nan, math.nan, math.nan, math.nan)
     if end == 0: return none._replace(reason=f"asymmetry is {values[0]:.3g} at the start already")
     small = values[:end] > 0
     epochs, logs = epochs[:end][small], np.log(values[:end][small])
-    for start in range(len(epochs) - 3):
+    for start in range(len(epochs) - points + 1):
         slope, error, r2 = _line(epochs[start:], logs[start:])
-        if slope > 0 and r2 >= straight: return Growth(*map(float, (slope, error, epochs[start], epochs[-1])))
-    return none._replace(reason=f"no four epochs of exponential growth below {high:g}")
+        if slope * (epochs[-1] - epochs[start]) >= 1 and r2 >= straight:
+            return Growth(*map(float, (slope, error, epochs[start], epochs[-1])))
+    return none._replace(reason=f"no {points} epochs of exponential growth, by a factor of e, below {high:g}")

@@ -7,8 +7,8 @@ __all__ = ['GROWTH_CLAIMS', 'RATE_CLAIMS', 'ORDER_CLAIMS']
 
 # %% ../nbs/23d_growth_claims.ipynb #2fc0ce25
 from .breaking import ONE_ULP_RMS
-from .plans import ATOMIC_NOISE, ONE_FEATURE, ONE_ULP, RATE_DEPTHS, RATE_WIDTHS, STEPWISE
-from .profiles import PROFILES, Profile
+from .plans import ATOMIC_NOISE, ONE_FEATURE, ONE_ULP, RATE_DEPTHS, RATE_WIDTHS, STEPWISE, gradient_noise
+from .profiles import PAPER, PROFILES, Profile
 from .summaries import (breaking_factor, breaking_order, growth_rates, linearity, prediction_error,
                                 rate_exponent, ratio)
 from .verdicts import SMALL, Claim, Rows
@@ -16,13 +16,15 @@ from .verdicts import SMALL, Claim, Rows
 # %% ../nbs/23d_growth_claims.ipynb #e604abfd
 GROWTH_CLAIMS = [
     Claim("fig09", "time to break is linear in ln(1 / noise at the start) (R^2)", linearity,
-          (dict(source="all features"),), low=0.98),
+          (dict(source="all features"),), low=0.98, profiles=SMALL),
     Claim("fig09", "three copies foretell when symmetry breaks (largest error, in units of an epoch or 5 %)",
           prediction_error, (dict(source="all features"), dict(source="three copies")), high=1.),
     *(Claim("fig09", f"the same for {what} at every step", prediction_error,
             (dict(source=source), dict(source=STEPWISE, noise=size)), high=1., profiles=profiles)
       for what, source, size, profiles in (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, SMALL),
-                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("paper",)))),
+                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("paper",)),
+                                           *((f"noise of {eps:.2g}", gradient_noise(eps), eps, ("paper",))
+                                             for eps in PAPER.step_noises))),
 ]
 
 # %% ../nbs/23d_growth_claims.ipynb #d4add67f

@@ -47,7 +47,6 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     for colour, (source, rows) in zip(COLOURS[2:], sources.items()):
         ax.plot(noise_like(rows, ladder), break_times(rows), "*", color=colour, markersize=9, label=source)
     for name, floor in FLOORS.items():
-        if floor < ladder.noise.min() / 100: continue
         ax.axvline(floor, color="0.5", linewidth=0.8, linestyle=":")
         ax.annotate(f" {name}", (floor, 0.98), xycoords=("data", "axes fraction"), va="top", color="0.4", fontsize=8)
     ax.set(xlabel="relative noise at the start", ylabel="epoch at which asymmetry passes 0.1", xscale="log")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .diversity import check_known
 from .growth import break_time
-from .nets import weight_layers
+from .nets import WeightLayer, weight_layers
+from .outcome import Run
+from .quotient import expand, is_quotient
 
 # %% ../nbs/15a_modes.ipynb #c435d676
 class Kinds(NamedTuple):
@@ -30,6 +32,7 @@ def mode_shares(weight: Tensor, # (out, in, ...) float, finite
     "Which kind of disturbance parts the features that a layer reads and writes"
     if weight.dim() < 2: raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in, ...)")
     w = weight.detach().double().flatten(2) if weight.dim() > 2 else weight.detach().double()[..., None]
+    w = w - w[:1 if writes_features else None, :1 if reads_features else None]
     over_out, over_in = w.mean(0, keepdim=True), w.mean(1, keepdim=True)
     if not reads_features: parts = [w - over_out]
     elif not writes_features: parts = [torch.zeros(()), w - over_in]
@@ -41,19 +44,33 @@ def mode_shares(weight: Tensor, # (out, in, ...) float, finite
     return Kinds(*(energy / energy.sum()).tolist())
 
 # %% ../nbs/15a_modes.ipynb #f2e13066
-def mode_table(model: nn.Module, # a wide network of `symbreak.nets`; a quotient is expanded first
+def _disturbance(layer: WeightLayer) -> Tensor: # as the weight, float64
+    "A layer's weight, without what makes an `i` layer the identity"
+    weight = layer.module.weight.detach().double().clone()
+    if layer.letter != "i" or not layer.in_features: return weight
+    inputs = torch.arange(weight.shape[1], device=weight.device)
+    own = torch.arange(len(weight), device=weight.device)[:, None] % len(inputs) == inputs
+    for part in (own, ~own):
+        if not part.any(): continue  # a single input is its own
+        apart = weight[part] - weight[part][:1]
+        weight[part] = apart - apart.mean(0)
+    return weight
+
+def mode_table(model: nn.Module, # a network of `symbreak.nets`, or its quotient, which is expanded first
 ) -> pd.DataFrame: # indexed by layer; columns rows, columns, pairs, which add up to 1
     "Which kind of disturbance parts the features of each layer"
     check_known(model)
-    shares = {layer.name: mode_shares(layer.module.weight, layer.in_features, layer.out_features)
+    if is_quotient(model): model = expand(model)
+    shares = {layer.name: mode_shares(_disturbance(layer), layer.in_features, layer.out_features)
               for layer in weight_layers(model)}
     return pd.DataFrame(shares, Kinds._fields).T.rename_axis("layer")
 
 # %% ../nbs/15a_modes.ipynb #66b2f92c
-def layer_break_times(layers: pd.DataFrame, # `Run.layers`: columns epoch, measure, layer, value
+def layer_break_times(run: Run, # one that did not diverge
                       threshold: float = 0.1, # of the asymmetry of a layer; 0 < threshold < 1
 ) -> pd.Series: # epochs, indexed by layer; NaN for one that did not break
     "When the asymmetry of each layer first passed the threshold"
-    rows = layers[layers.measure == "layer_asymmetry"].rename(columns=dict(value="asymmetry"))
+    rows = run.layers[run.layers.measure == "layer_asymmetry"].rename(columns=dict(value="asymmetry"))
+    rows = rows.assign(train_loss=rows.epoch.map(run.history.set_index("epoch").train_loss))
     found = {layer: break_time(part, threshold) for layer, part in rows.groupby("layer", sort=False)}
     return pd.Series(found, name="break_epoch").rename_axis("layer")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPUTED', 'ATOMIC_NOISE', 'ONE_ULP', 'ATOMIC', 'STARTS', 'SURVIVAL_WIDTHS', 'IS_X86', 'STEPWISE', 'RATE_WIDTHS',
            'RATE_DEPTHS', 'STRINGS', 'ONE_FEATURE', 'Planned', 'breaker', 'facts', 'breakers_plan', 'skips_plan',
-           'survival_plan', 'arithmetic_plan', 'lengths_plan', 'growth_plan', 'rates_plan', 'strings_plan',
-           'order_plan', 'travel_plan', 'toy_plan']
+           'survival_plan', 'arithmetic_plan', 'lengths_plan', 'gradient_noise', 'growth_plan', 'rates_plan',
+           'strings_plan', 'order_plan', 'travel_plan', 'toy_plan']
 
 # %% ../nbs/20a_plans.ipynb #c71f606c
 import platform
@@ -16,7 +16,7 @@ from functools import partial
 
 from .breaking import ONE_ULP_RMS, breaker_names
 from .config import Config
-from .prediction import three_copies
+from .prediction import LEAST, three_copies
 from .profiles import Profile
 
 # %% ../nbs/20a_plans.ipynb #6327f4ba
@@ -154,14 +154,17 @@ def lengths_plan(profile: Profile) -> list[Planned]:
 # %% ../nbs/20a_plans.ipynb #fa355e03
 STEPWISE = "three copies, disturbed at every step"
 
+def gradient_noise(eps: float) -> str: return f"all features, disturbed at every step by {eps:g}"
+
 def growth_plan(profile: Profile) -> list[Planned]:
     "fig09: noise at the start, measured on all features and on three copies"
     base = replace(profile.base, **profile.growth, schedule="constant", channels_last=False, measure_every=1,
                    precision="float32")
-    def all_features(eps): return replace(base, weight_noise=eps, precision="float32" if eps >= 1e-6 else "float64")
+    def all_features(eps): return replace(base, weight_noise=eps, precision="float32" if eps >= 1e-4 else "float64")
     at_start = {"all features": all_features, "three copies": partial(three_copies, base)}
     at_steps = {ATOMIC_NOISE: (ATOMIC, 2. ** -24)}
     if profile.emulates_noise: at_steps |= {ONE_ULP: (dict(gradient_ulps=1), ONE_ULP_RMS)}
+    else: at_steps |= {gradient_noise(eps): (dict(gradient_noise=eps), eps) for eps in profile.step_noises}
     return ([Planned(f"{source}, noise {eps:g}", make(eps), dict(source=source, noise=eps))
              for source, make in at_start.items() for eps in profile.noises] +
             [Planned(f"{STEPWISE}, noise {eps:g}", three_copies(base, eps, every_step=True),
@@ -180,7 +183,7 @@ def rates_plan(profile: Profile) -> list[Planned]:
     varied += [dict(width=width) for width in RATE_WIDTHS[1:]]
     varied += [dict(depth=depth) for depth in RATE_DEPTHS if depth != base.depth]
     return [Planned(", ".join(f"{name} {value:g}" for name, value in changes.items()),
-                    three_copies(replace(base, **changes), 1e-13)) for changes in varied]
+                    three_copies(replace(base, **changes), LEAST)) for changes in varied]
 
 # %% ../nbs/20a_plans.ipynb #b5bf33aa
 STRINGS = ("h_hhhh_hhhh_hhhh", "i_iiii_iiii_iiii", "1_iiii_iiii_iiii", "1_iiii_11ii_iiii", "1_iiii_1111_iiii",

@@ -31,7 +31,7 @@ class Profile:
     widths: tuple[int, ...] = (1, 2, 3)  # of the networks whose time to catch up is compared
     shares: tuple[int, ...] = (4, 2, 1)  # ... in runs of the epochs divided by these
     growth: dict = field(default_factory=dict)  # changes to `base` where the growth of noise is followed
-    noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)  # sizes of that noise, at the start
+    noises: tuple[float, ...] = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)  # sizes of that noise, at the start
     step_noises: tuple[float, ...] = (ONE_ULP_RMS,)  # ... and at every step
     order: dict = field(default_factory=dict)  # changes to `leaky` where the order in which strings break is followed
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`

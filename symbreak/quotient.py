@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['divide_gradient', 'partition', 'QuotientConv2d', 'QuotientLinear', 'QuotientBatchNorm2d', 'Features', 'feature_sets',
-           'feature_groups', 'quotient', 'expand']
+           'feature_groups', 'is_quotient', 'quotient', 'expand']
 
 # %% ../nbs/06_quotient.ipynb #eddbf2a9
 import copy
@@ -233,10 +233,14 @@ def feature_groups(model: nn.Module) -> list[Tensor]: # (features,) int64 of the
     return found
 
 # %% ../nbs/06_quotient.ipynb #d3c8e04f
+def is_quotient(model: nn.Module) -> bool:
+    "Does a network hold one copy of each group of features?"
+    return any(isinstance(m, _QuotientLayer) for m in model.modules())
+
 def _check_collapsible(model: nn.Module) -> None:
     if not isinstance(model, (ConstNet, LeakyNet, UniqueFeatureMLP)):
         raise ValueError(f"model: {type(model).__name__}; allowed: ConstNet, LeakyNet, UniqueFeatureMLP")
-    if any(isinstance(m, _QuotientLayer) for m in model.modules()):
+    if is_quotient(model):
         raise ValueError("model: is a quotient already; allowed: a wide network")
     dropout = max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.)
     if dropout > 0:

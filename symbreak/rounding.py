@@ -25,7 +25,7 @@ from .hardware import Case, ask_all, concerned, ranked
 from .nets import ConstNet
 from .parting import copied, default_loss, fresh, taken_apart, untouched
 from .properties import answers
-from .quotient import quotient
+from .quotient import expand, quotient
 from .splitting import copies_hooks, split_
 
 # %% ../nbs/08d_rounding.ipynb #a4b417d3
@@ -61,7 +61,7 @@ def _history(three: nn.Module, batch: Any, loss: Callable | None, lr: float, noi
     rows, config, generator = [], SimpleNamespace(copies=3, gradient_noise=noise), torch.Generator().manual_seed(0)
     hooks, optimizer = copies_hooks(three, config), torch.optim.SGD(three.parameters(), lr)
     for step in range(MOST + 1):
-        if step % EVERY == 0: rows.append(dict(epoch=step, asymmetry=asymmetry(three)))
+        if step % EVERY == 0: rows.append(dict(epoch=step, asymmetry=asymmetry(expand(three))))
         if rows[-1]["asymmetry"] >= 0.1: break
         args, kwargs, target = taken_apart(fresh(batch, torch.float64))
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .diversity import asymmetry
 from .nets import ConstNet, LeakyNet
-from .quotient import feature_groups, feature_sets, partition
+from .quotient import feature_groups, feature_sets, is_quotient, partition
 
 # %% ../nbs/07_splitting.ipynb #22c83fad
 def _contrasts(groups: list[Tensor], n: int) -> Tensor: # (groups - 1, n) float64, orthonormal
@@ -102,8 +102,9 @@ def split_(model: nn.Module, # ConstNet or LeakyNet with identical features, cha
            generator: torch.Generator, # on the CPU
 ) -> nn.Module: # the same model, whose features form the groups of `splits`
     "Weight noise that leaves most features of each set alike, and grows as noise on all of them does"
-    if not isinstance(model, (ConstNet, LeakyNet)):
-        raise ValueError(f"model: {type(model).__name__}; allowed: ConstNet, LeakyNet")
+    if not isinstance(model, (ConstNet, LeakyNet)) or is_quotient(model):
+        what = "a quotient" if is_quotient(model) else type(model).__name__
+        raise ValueError(f"model: {what}; allowed: ConstNet, LeakyNet, with all their features")
     if not eps >= 0: raise ValueError(f"eps: {eps!r}; allowed: >= 0")
     if apart := asymmetry(model): raise ValueError(f"model: asymmetry {apart:.3g}; allowed: 0, all features identical")
     sets, found = feature_sets(model), splits(model)

@@ -134,11 +134,13 @@ def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
 
 def noise_like(rows: pd.DataFrame, # runs with another source of asymmetry, of the same network
                ladder: pd.DataFrame, # runs with noise at the start, of several sizes
-) -> pd.Series: # relative size of the noise, by seed; NaN beyond the ladder
+) -> pd.Series: # relative size of the noise, by seed; NaN beyond the ladder, and if less of it does not break later
     "Which noise at the start breaks the symmetry as late, on the mean over seeds of those that were tried"
-    steps = break_times(ladder).groupby("noise").mean().dropna().sort_values()
-    logs = np.interp(break_times(rows).droplevel("noise"), steps, np.log(steps.index), left=np.nan, right=np.nan)
-    return pd.Series(np.exp(logs), break_times(rows).index.get_level_values("seed"))
+    times = break_times(rows).droplevel("noise")
+    steps = break_times(ladder).groupby("noise").agg(lambda by_seed: by_seed.mean(skipna=False)).dropna()[::-1]
+    if steps.empty or not (steps.is_monotonic_increasing and steps.is_unique): return times * math.nan
+    logs = np.interp(times, steps, np.log(steps.index), left=np.nan, right=np.nan)
+    return pd.Series(np.exp(logs), times.index)
 
 def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed
     "Largest distance between break times, in units of an epoch or 5 %, whichever is larger"
