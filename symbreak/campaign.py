@@ -24,7 +24,8 @@ from .config import Config
 from .experiments import Request, offered, plan
 from .files import advice, locked, user_path
 from .figures import FigureFiles, figure_files, find_notebook
-from .jobs import Engine, failure_file, failures, run_jobs
+from .engines import Engine
+from .jobs import failure_file, failures, run_jobs
 from .measurements import source_digest
 from .plans import Planned
 from .profiles import variant

@@ -38,13 +38,14 @@ def print_claims(tables: dict, # figure -> its tidy data
 ) -> int: # exit code
     "Print every claim of the tables with its verdict"
     from rich.table import Table
+    from rich.text import Text  # brackets in it are brackets
     from symbreak.profiles import parts_of, titled
     from symbreak.verdicts import NOT_REPRODUCED, REPRODUCED
     rows, shown = judged(tables, profile), Table(title=f"Claims, profile {profile}", title_justify="left")
     colours = {REPRODUCED: "green", NOT_REPRODUCED: "red"}
     for column in rows.columns: shown.add_column(column, overflow="fold")
     for row in rows.astype(str).itertuples(index=False):
-        shown.add_row(*row[:-1], f"[{colours.get(row.verdict, 'yellow')}]{row.verdict}")
+        shown.add_row(*map(Text, row[:-1]), Text(row.verdict, colours.get(row.verdict, "yellow")))
     console().print(shown if len(parts_of(profile)) == 1 else f"Nothing is claimed of a {titled(profile)}.")
     missing = [f"{name} ({table.attrs['missing']} runs)" for name, table in tables.items() if table.attrs["missing"]]
     if missing: console().print(f"Not finished: {', '.join(missing)}. The same command goes on.")
@@ -92,7 +93,10 @@ class Reproduce:
 
     def on_engine(self) -> "symbreak.jobs.Engine | None":
         "The engine that is asked for"
-        if self.engine is None: return None
+        if self.engine is None:
+            for name, given in (("slurm", self.slurm), ("timeout_min", self.timeout_min)):
+                if given: raise ValueError(f"{name}: {given!r} without an engine; allowed: with --engine")
+            return None
         from symbreak.sweep import make_engine
         return make_engine(self.engine, self.workers, self.timeout_min, self.slurm)
 

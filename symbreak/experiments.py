@@ -125,6 +125,9 @@ def check_varies(name: str, profile: Profile) -> None:
     if make is None: raise ValueError(f"set: {name} is measured without training; allowed: figures that have runs")
     theirs, ours = ({planned.config for planned in make(p)} for p in (find_profile(profile.of), profile))
     for field_, value in profile.changes.items():
+        if len({getattr(config, field_) for config in theirs}) > 1:
+            raise ValueError(f"set: {field_}={value}, but that is what the runs of {name} differ in; allowed: fields "
+                             "in which they are alike")
         if not any(getattr(config, field_) == value for config in ours):
             raise ValueError(f"set: {field_}={value}, but no run of {name} takes it: its plan has values of its own")
     if ours == theirs:

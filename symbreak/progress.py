@@ -46,7 +46,7 @@ class Progress:
 
     def say(self, what: str) -> None:
         "What is being done apart from training"
-        if self.bar: self.bar.console.print(what, highlight=False)
+        if self.bar: self.bar.console.print(what, highlight=False, markup=False)
         else: print(what, file=sys.stderr, flush=True)
 
     def start(self, figure: str, place: int, planned: list[Planned]) -> None:

@@ -25,9 +25,10 @@ from .data import Dataset
 from .files import home, user_path
 from .images import checked, one_look
 from .outcome import Run
-from .records import (RunFiles, check_files, is_finished, read_checkpoint, read_lines, read_record,
-                              with_digests, write_json)
+from .records import (RunFiles, check_files, is_finished, is_longer, read_checkpoint, read_lines, read_record,
+                              whose, with_digests, write_json)
 from .train import train
+from .values import check_field
 
 # %% ../nbs/14_runs.ipynb #987f048e
 def _as_trained(config: Config) -> list[Config]:
@@ -67,15 +68,20 @@ class Store:
     def shorter(self, config: Config) -> Path | None:
         "The checkpoint of the longest finished run that is the same but for `epochs`, if `config` can go on from it"
         if config.schedule != "constant": return None
-        for epochs in range(config.epochs - 1, 0, -1):
-            for other in _as_trained(replace(config, epochs=epochs)):
-                path = RunFiles(self.folder(other)).checkpoint
-                if path.exists() and is_finished(path.parent): return path
-        return None
+        found = {}  # epochs -> checkpoint
+        for folder in Path(self.root).glob("*/"):
+            path = RunFiles(folder).checkpoint
+            if not path.exists() or not is_finished(folder): continue
+            try: other = whose(folder)
+            except ValueError: continue  # damage is told when that run itself is asked for
+            if other and other.hash == folder.name and any(is_longer(c, other) for c in _as_trained(config)):
+                found[other.epochs] = path
+        return found[max(found)] if found else None
 
     def history(self, configs: Iterable[Config], names: Iterable[str] | None = None) -> "pandas.DataFrame":
         "A row per finished run and measured epoch; `names` of fields are columns, None: those that differ"
-        configs = list(dict.fromkeys(configs))
+        configs, names = list(dict.fromkeys(configs)), None if names is None else tuple(names)
+        for name in names or (): check_field(name, "names")
         with one_look(): runs = {config: run for config in configs if (run := self.load(config)) is not None}
         return histories(runs, differing(configs) if names is None else names)
 
@@ -120,7 +126,7 @@ def histories(runs: dict[Config, Run], # as it was asked for -> as it was traine
     "A row per run and measured epoch"
     import pandas as pd
     tables = {config: run.history for config, run in runs.items()}
-    taken = {column for table in tables.values() for column in table} | {"hash", "status"}
+    taken = {column for table in tables.values() for column in table} | {"hash", "status", "lr"}
     columns = {name: f"config_{name}" if name in taken else name for name in names}
     rows = [pd.DataFrame({column: getattr(config, name) for name, column in columns.items()} | dict(
                 hash=config.hash, status=runs[config].record["status"]), index=table.index).join(table)

@@ -15,13 +15,15 @@ from dataclasses import replace
 from itertools import product
 
 from .config import Config
-from .jobs import STATES, Engine, Jobs, failure_file, failures, import_submitit, run_jobs, states
+from .engines import Engine, import_submitit
+from .jobs import STATES, Jobs, failure_file, failures, run_jobs, states
 from .runs import Store, default_store
 from .values import check_field, kinds_of, read_value
 
 # %% ../nbs/17_sweep.ipynb #2b8d7572
 def _values(name: str, given) -> list:
     "The values of a field as a list"
+    if hasattr(given, "tolist"): given = given.tolist()  # of numpy, torch or pandas
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable): given = [given]
     values = [value.item() if hasattr(value, "item") else value for value in given]
     if not values: raise ValueError(f"{name}: no values; allowed: at least one")
@@ -52,7 +54,9 @@ def _read_all(name: str, text: str) -> list:
 def parse_grid(text: str) -> dict[str, list]: # field -> its values
     "A grid from the command line, such as `width=1,2,4 seed=0..4`"
     grid = {}
-    for part in shlex.split(text):
+    try: parts = shlex.split(text)
+    except ValueError as e: raise ValueError(f"grid: {text!r} ({e}); allowed: quotes in pairs") from None
+    for part in parts:
         name, is_given, values = part.partition("=")
         if not is_given: raise ValueError(f"grid: {part!r}; allowed: FIELD=VALUE,VALUE or FIELD=FIRST..LAST")
         if name in grid: raise ValueError(f"grid: {name!r} twice; allowed: once, with all its values between commas")
@@ -89,12 +93,13 @@ def live_table(jobs: Jobs, names: Iterable[str], rows: int = 20) -> "rich.consol
     "How many runs are in which state, and a table of those that are at work or have failed"
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text  # brackets in it are brackets
     found, told = states(jobs), failures(jobs.failed, jobs.store)
     table = Table("run", "state", "epochs", "last words")
     shown = [config for state in ("failed", "running") for config in found if found[config] == state]
     for config in shown[:rows]:
         done = f"{jobs.store.epochs_done(config)}/{config.epochs}"
-        table.add_row(_called(config, names), found[config], done, told.get(config, ""))
+        table.add_row(*map(Text, (_called(config, names), found[config], done, told.get(config, ""))))
     if len(shown) > rows: table.caption = f"and {len(shown) - rows} more"
     return Group(counted(found), *[table] * bool(shown))
 

@@ -17,7 +17,7 @@ from .campaign import check_writable
 from .config import Config
 from .costs import cost_table
 from .files import user_path
-from .jobs import Engine
+from .engines import Engine
 from .records import write_atomic
 from .runs import Store, default_store, default_workers
 from .sweep import grid_configs, make_engine, parse_grid, sweep
@@ -64,18 +64,22 @@ def sweep_verb() -> type:
 
         def __call__(self) -> int:
             engine = make_engine(self.engine, self.at_once, self.timeout_min, self.slurm)
-            return sweep_one(config_of(self), parse_grid(self.grid), engine, store_at(self.runs), self.retry, self.out)
+            grid = parse_grid(self.grid)
+            base = config_of(self, **{name: values[0] for name, values in grid.items()})  # valid together with these
+            return sweep_one(base, grid, engine, store_at(self.runs), self.retry, self.out)
     return Sweep
 
 def sweep_one(base: Config, grid: dict, engine: Engine, store: Store, retry: bool, out: str | None) -> int: # exit code
     "Train a grid and show its last epochs"
     out = None if out is None else user_path(out, "out")
-    grid_configs(base, grid)  # wrong options leave nothing behind
-    check_writable(Path(store.root), "--runs")
+    if out is not None and (out.is_dir() or not out.name):
+        raise ValueError(f"out: {str(out)!r} is a folder; allowed: the name of a file")
+    configs = grid_configs(base, grid)  # wrong options leave nothing behind
+    if not all(map(store.find, configs)): check_writable(Path(store.root), "--runs")
     if out is not None: check_writable(out.parent, "--out")
     table = sweep(base, engine=engine, store=store, retry=retry, **grid)
-    if out is not None: write_atomic(out, lambda f: table.to_csv(f, index=False))
     if len(table): print_last(table)
+    if out is not None: write_atomic(out, lambda f: table.to_csv(f, index=False))
     return 1 if table.attrs["missing"] else 0
 
 # %% ../nbs/33d_sweeping.ipynb #6ee08f3c

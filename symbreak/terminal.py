@@ -19,11 +19,12 @@ def console() -> "rich.console.Console":
 def print_table(table: "pandas.DataFrame", title: str, bad: tuple[str, ...] = ("no",)) -> None:
     "Print a table"
     from rich.table import Table
+    from rich.text import Text  # brackets in it are brackets
     shown = Table(*table.columns, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for row in table.itertuples(index=False):
         cells = ["" if value is None or value != value else f"{value:g}" if isinstance(value, float) else str(value)
                  for value in row]
-        shown.add_row(*(f"[red]{cell}" if cell in bad else cell for cell in cells))
+        shown.add_row(*(Text(cell, "red" if cell in bad else "") for cell in cells))
     console().print(shown)
 
 # %% ../nbs/32c_terminal.ipynb #5d945873

@@ -52,10 +52,12 @@ def options() -> type:
     "The dataclass of all fields of a configuration, in groups"
     return make_dataclass("Options", [(part.__name__, part, field(default_factory=part)) for part in groups()])
 
-def config_of(verb) -> Config: # verb: has the groups among its own options
+def config_of(verb, # has the groups among its own options
+              **changes, # fields that are given in another way
+) -> Config:
     "The configuration that options describe"
     parts = [asdict(getattr(verb, title.replace("-", "_"))) for title in GROUPS]
-    return Config(**{name: value for part in parts for name, value in part.items()})
+    return Config(**{name: value for part in [*parts, changes] for name, value in part.items()})
 
 def train_verb() -> type:
     "The dataclass of `symbreak train`"

@@ -14,7 +14,7 @@ import pytest
 from symbreak import campaign, cli
 from symbreak.campaign import Campaign, carry_out, run
 from symbreak.config import Config
-from symbreak.jobs import Engine
+from symbreak.engines import Engine
 from symbreak.plans import Planned
 from symbreak.runs import Store
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from symbreak import cli
 from symbreak.config import Config
 from symbreak.experiments import Request, plan
 from symbreak.records import RunFiles
+from symbreak.terminal import print_table
 from symbreak.train import train
 
 SMALL = ["--depth", "7", "--width", "1", "--epochs", "2", "--train-size", "200", "--test-size", "100"]
@@ -215,3 +217,16 @@ def test_a_reader_that_has_seen_enough_is_no_error(asked):
     done = subprocess.run([sys.executable, "-m", "symbreak", asked], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert "Traceback" not in done.stderr
+
+
+def test_brackets_in_a_table_are_no_markup(capsys):
+    print_table(pd.DataFrame({"last words": ["[/pair.cc:534] Connection closed"], "data": ["folder:x[b]"]}), "Two")
+    said = capsys.readouterr().out
+    assert "[/pair.cc:534] Connection closed" in said and "folder:x[b]" in said
+
+
+def test_what_runs_of_a_sweep_share_need_not_be_valid_without_the_grid(capsys, tmp_path):
+    options = "--depth 7 --width 1 --epochs 1 --train-size 100 --test-size 100 --copies 3 --quotient".split()
+    assert cli.main(["sweep", *options, "--grid", "weight_noise=1e-3,1e-6", "--engine", "debug",
+                     "--runs", f"{tmp_path}/runs"]) == 0
+    assert "2 done, 0 failed" in capsys.readouterr().err

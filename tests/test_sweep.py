@@ -1,6 +1,7 @@
 """Runs as jobs: processes of this machine, jobs that are killed or run out of time, and a Slurm played by scripts."""
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from symbreak import jobs, runs
 from symbreak.config import Config
-from symbreak.jobs import Engine, Jobs, TrainJob, failure_file, failures, jobs_folder, run_jobs, states
+from symbreak.engines import Engine
+from symbreak.jobs import Jobs, TrainJob, failure_file, failures, jobs_folder, run_jobs, states
 from symbreak.records import RunFiles
 from symbreak.runs import Budget, Store
 from symbreak.sweep import sweep
@@ -123,6 +126,42 @@ def test_what_is_interrupted_stops_its_jobs(tmp_path):
     with FileLock(RunFiles(store.folder(LONG)).lock).acquire(timeout=30): pass  # nobody trains any longer
 
 
+@needs_proc
+def test_jobs_of_a_sweep_that_is_killed_pause(tmp_path):
+    store = Store(tmp_path)
+    code = (f"from pathlib import Path; from symbreak.sweep import sweep; from symbreak.config import Config; "
+            f"from symbreak.runs import Store; sweep(Config.from_dict({LONG.changed!r}), engine='local', "
+            f"store=Store(Path({str(tmp_path)!r})))")
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    wait_for(lambda: store.epochs_done(LONG))
+    process.kill()
+    process.communicate()
+    with FileLock(RunFiles(store.folder(LONG)).lock).acquire(timeout=FOREVER_S): pass  # nobody trains any longer
+    assert store.saved_epochs(LONG) > 0 and not store.find(LONG)
+
+
+def test_jobs_of_this_machine_see_the_gpus_that_their_caller_sees(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    [job] = Jobs([TINY], Store(tmp_path), Engine("local"))._next()
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # what submitit would have it see
+    assert job() == "finished" and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_images_that_have_changed_are_told_before_anything_is_trained(tmp_path):
+    for number in range(12):
+        path = tmp_path / "images" / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(path)
+    shutil.copytree(tmp_path / "images" / "train", tmp_path / "images" / "test")
+    config = replace(TINY, data=f"folder:{tmp_path / 'images'}", train_size=None, test_size=None, batch_size=4)
+    store = Store(tmp_path / "runs")
+    store.train(config)
+    path.unlink()
+    with pytest.raises(ValueError, match="other images"): sweep(config, seed=range(2), engine="debug", store=store)
+    assert not store.folder(replace(config, seed=1)).exists()
+
+
 def test_a_budget_pauses_jobs_of_this_machine(tmp_path):
     store, seen = Store(tmp_path), []
     assert run_jobs([LONG], store, "local", budget_s=0, tick=lambda j: seen.append(states(j)[LONG])) == []
@@ -221,7 +260,7 @@ def test_a_parameter_that_slurm_does_not_know(tmp_path, slurm):
 
 def test_without_submitit_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ValueError, match=r"pip install 'symbreak\[slurm\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[slurm\]'"):
         run_jobs([TINY], Store(tmp_path), "local")
 
 
@@ -244,5 +283,5 @@ def test_a_script_without_a_guard_is_told_in_one_line(tmp_path):
 def test_a_job_can_be_pickled_and_asks_for_itself_again(tmp_path):
     job = TrainJob(TINY, Store(tmp_path))
     again = job.checkpoint()
-    assert again.function == job and again.result() == "finished"
+    assert again.function == replace(job, in_vain=1) and again.result() == "finished"
     assert json.loads((Store(tmp_path).folder(TINY) / "record.json").read_text())["status"] == "finished"

@@ -88,6 +88,9 @@ def test_what_gathers_all_profiles_shows_of_a_variant_nothing_else(tmp_path):
     (["fig04", "--set", "data=mnist"], "set: data=mnist, but that is the option data"),
     (["fig04", "--set", "seed=1"], "set: seed=1, but every curve has seeds 0, 1, ..."),
     (["fig03", "--set", "width=1"], "set: fig03 is measured without training"),
+    (["fig04", "--set", "dropout=0.05"], "set: dropout=0.05, but that is what the runs of fig04 differ in"),
+    (["fig04", "--set", "deterministic=true"], "set: deterministic=True, but that is what the runs of fig04 differ in"),
+    (["fig04", "--slurm", "partition=gpu"], "slurm: 'partition=gpu' without an engine; allowed: with --engine"),
     (["abl03", "--set", "epochs=9"], "set: epochs=9, but no run of abl03 takes it"),
     (["--set", "momentum=0.9"], "set: no figure has other runs"),
 ])
