@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,8 @@ class Background:
 
     def __exit__(self, error, *_) -> None:
         try:
-            if error is None:
-                for work in self.submitted: work.result()
+            while error is None and wait(self.submitted, timeout=0.2).not_done: self.check()
+            if error is None: self.check()
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)  # what has not begun never will
             while not all(work.done() for work in self.submitted):
