@@ -6,6 +6,7 @@ import pytest
 
 from symbreak.headlines import all_verdicts, claims_page, committed, readme_table
 from symbreak.files import home
+from symbreak.results import collect
 
 ROOT = home()
 sys.path.insert(0, str(ROOT / "tools"))
@@ -33,3 +34,14 @@ def test_commands_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for verb in re.findall(r"^make (\w+)", README.read_text(encoding="utf-8"), re.M):
         assert f"\n{verb}:" in makefile
+
+
+def test_accuracies_on_all_of_cifar10_are_those_of_the_committed_runs():
+    """Written by hand, as long as claims wait for a second seed."""
+    ends = collect("fig04", "full").sort_values("epoch").groupby(["curve", "seed"]).test_accuracy.last().xs(0, level=1)
+    curves = "hardware noise (atomic additions)", "dropout 1 %", "He init", "exact control"
+    for path, digits in (("README.md", 1), ("results/README.md", 2)):
+        text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
+        sentence = text[text.rindex("On all of CIFAR-10"):]
+        said = re.findall(r"at (\d+\.\d+) %", sentence)[:4]
+        assert said == [f"{100 * ends[curve]:.{digits}f}" for curve in curves], path
