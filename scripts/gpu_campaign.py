@@ -3,13 +3,17 @@
     python scripts/gpu_campaign.py --images cifar10-jpeg.tar.xz --minutes 9 --out DIR
     python scripts/gpu_campaign.py --import DIR/results.tar.gz
 
-The first form works through a fixed order: a speed table; every arithmetic twice; the probe, where this version has
-one; abl03 and fig07 at profile `paper`; fig04 and fig06 at profile `sprint`. After every run it writes results.tar.gz,
-the small files of all runs, and STATUS.md, which says what is done and what comes next. The second form puts the runs
-of such a file into results/gpu, where figures find them. Needs torch, pandas and Pillow, and nothing to draw with.
+The first form works through a fixed order: a speed table; every arithmetic twice; the paper's curves of fig04 at
+profile `sprint`; the probe; fig07 and abl03 at profile `paper`; fig06 and the rest of fig04 at `sprint`. What comes
+before the paper's curves, and what is only asked beside them, may take so many seconds and comes back at the end with
+what it had no time for. After every run it writes results.tar.gz, the small files of all runs, and STATUS.md, which
+says what is done and what comes next. Checkpoints stay in runs/: a machine without them begins anew what was not
+finished. The second form puts such a file into results/gpu, where figures, and later campaigns, find what is in it.
+Needs this checkout, torch, pandas and Pillow, and nothing to draw with.
 """
 import argparse
 import json
+import math
 import re
 import shutil
 import sys
@@ -17,8 +21,12 @@ import tarfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +37,7 @@ from symbreak.config import Config, resolve_device
 from symbreak.data import Dataset, load
 from symbreak.experiments import Request, plan
 from symbreak.files import home
+from symbreak.hardware import probe as ask, save_probe
 from symbreak.nets import ConstNet
 from symbreak.numerics import numerics
 from symbreak.plans import ATOMIC
@@ -39,6 +48,7 @@ from symbreak.train import Trainer, learn, train
 
 DIGEST = "060f3df6f41050d54e8fac7ee0e9cb7ba591e9bb6bc20b1d1784fafbdcba59dc"  # of the tensors that Pillow 12 decodes
 LABEL = "CIFAR-10 (JPEG re-encoded)"
+CURVES = ("He init", "hardware noise", "deterministic", "dropout 1 %", "hardware noise + dropout")  # fig04's, in order
 PEAK = {"H100": dict(tf32=495, bf16=989, float32=67), "H200": dict(tf32=495, bf16=989, float32=67),
         "A100": dict(tf32=156, bf16=312, float32=19.5)}  # dense TFLOP/s, by the maker's data sheets
 
@@ -51,12 +61,19 @@ class Campaign:
     deadline: float  # by time.monotonic
     store: Store
     data: Dataset
-    failures: list[str] = field(default_factory=list)
+    where: dict  # versions and hardware, asked for while the device is there
     done: dict[str, str] = field(default_factory=dict)  # task -> what came of it
+    failed: dict[str, str] = field(default_factory=dict)  # task, or what else failed -> why
 
     def spent(self) -> bool: return time.monotonic() >= self.deadline
 
     def path(self, name: str) -> Path: return self.store.root / "gpu" / name
+
+    def log(self, what: str, error: BaseException) -> None:
+        """Keep what went wrong, once."""
+        if what in self.failed: return
+        self.failed[what] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        with (self.out / "errors.log").open("a") as log: log.write(f"== {what}\n{traceback.format_exc()}\n")
 
 
 # images
@@ -76,37 +93,52 @@ def images_of(archive: Path | None, source: str) -> Dataset:
     return data
 
 
-# runs
+# tasks
+
+Task = tuple[str, Callable[[], str]]  # its name, and what does it and says what came of it
+
 
 def is_cuda_error(error: BaseException) -> bool:
     """Whether the device is lost to this process."""
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
+def tries(campaign: Campaign) -> dict[str, int]:
+    """Of each task, the processes that began it and did not come back from it."""
+    path = campaign.path("tries")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def attempt(campaign: Campaign, what: str, do: Callable[[], str]) -> None:
-    """Do it; an error is logged and the next thing begins, unless the device is gone."""
-    try: campaign.done[what] = do()
+    """Do it; an error is logged and the next thing begins, unless the device is gone: twice is enough for one task."""
+    before = tries(campaign)
+    write_json(campaign.path("tries"), before | {what: before.get(what, 0) + 1})
+    try:
+        if before.get(what, 0) >= 2: raise RuntimeError("took the process or the device with it, twice")
+        campaign.done[what] = do()
     except Exception as error:
         if is_cuda_error(error): raise
-        campaign.failures.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        with (campaign.out / "errors.log").open("a") as log: log.write(f"== {what}\n{traceback.format_exc()}\n")
+        campaign.log(what, error)
+    write_json(campaign.path("tries"), before)
     print(f"{what}: {campaign.done.get(what, 'failed')}", flush=True)
     save(campaign)
 
 
 def run_one(campaign: Campaign, config: Config) -> str:
     """Train one configuration as far as the time allows."""
-    if (found := campaign.store.load(config)) is None:
-        images = campaign.data.subset(config.train_size, config.test_size)
-        found = train(config, campaign.store.folder(config), stop=campaign.spent, data=images)
+    images = campaign.data.subset(config.train_size, config.test_size)
+    if (found := campaign.store.load(config, images)) is None:
+        found = train(config, campaign.store.folder(config), stop=campaign.spent, data=images,
+                      checkpoint_every_s=math.inf)
     last = found.history.iloc[-1]
     accuracy = last.get("test_accuracy", float("nan"))
     return f"{found.record['status']}, {found.record['epochs_done']} epochs, {100 * accuracy:.1f} % test accuracy"
 
 
-def figure(campaign: Campaign, name: str, profile: str) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The runs of a figure, in the order of its plan."""
+def figure(campaign: Campaign, name: str, profile: str, curve: str | None = None) -> Iterator[Task]:
+    """The runs of a figure, or of one of its curves, in the order of its plan."""
     for p in plan(Request(name, profile, str(campaign.device))):
+        if curve not in (None, p.curve): continue
         again = ", again" * p.config.rerun
         yield f"{name} at {profile}: {p.curve}, seed {p.config.seed}{again}", lambda c=p.config: run_one(campaign, c)
 
@@ -135,25 +167,37 @@ def seconds_per_step(config: Config, data: Dataset, device: torch.device, steps:
         return (time.perf_counter() - began) / steps
 
 
+def in_new_process(function: Callable, *arguments):
+    """What a function returns where nothing has run before."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(function, *arguments).result()
+
+
 def precisions(device: torch.device) -> tuple[str, ...]:
     return ("tf32", "bf16", "float32") if device.type == "cuda" else ("float32",)
 
 
-def speed_table(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
+def kinds_of_steps(device: torch.device) -> list[dict]:
+    """What a step may be, the most wanted first and what takes long to begin last."""
+    formats = [[dict(precision=p, channels_last=last) for p in precisions(device)] for last in (True, False)]
+    usual = formats[0][0]
+    return [*formats[0], usual | dict(deterministic=True), usual | ATOMIC, *formats[1], usual | dict(dropout=0.01),
+            usual | ATOMIC | dict(deterministic=True), usual | dict(quotient=True, precision="float32"),
+            *(kind | dict(benchmark=True) for kind in formats[0]), usual | dict(compile=True)]
+
+
+def speed_table(campaign: Campaign) -> Iterator[Task]:
     """Steps of every kind: one that fails says so now and not in hours."""
     path, base = campaign.path("speed.json"), profiles.PROFILES["sprint"].base
-    card = provenance(campaign.device)["device_name"]
+    card = campaign.where["device_name"]
     rows = json.loads(path.read_text()) if path.exists() else []
-    kinds = [dict(precision=precision, channels_last=last, benchmark=benchmark) for precision in
-             precisions(campaign.device) for last in (True, False) for benchmark in (False, True)]
-    kinds += [dict(precision=precisions(campaign.device)[0], channels_last=True) | more
-              for more in (dict(deterministic=True), dict(dropout=0.01), dict(compile=True), ATOMIC,
-                           ATOMIC | dict(deterministic=True), dict(quotient=True, precision="float32"))]
 
     def measure(kind: dict) -> str:
-        config = replace(base, warmup=0, **kind)
-        batches = len(campaign.data.train_labels) // config.batch_size
-        s = seconds_per_step(config, campaign.data, campaign.device, steps=min(20, batches // 2))
+        features = {} if "quotient" in kind else dict(init="he")  # products of zeros are quicker than others
+        config = replace(base, warmup=0, **features, **kind)
+        steps = min(20, len(campaign.data.train_labels) // config.batch_size // 2)
+        few = campaign.data.subset(2 * steps * config.batch_size)
+        timed = seconds_per_step, config, few, campaign.device, steps
+        s = in_new_process(*timed) if config.benchmark else timed[0](*timed[1:])  # cuDNN keeps to its first choice
         wide = 0. if config.quotient else training_flop(config, campaign.data)
         flop = wide * config.batch_size / s / 1e12
         peak = next((p for name, p in PEAK.items() if name in card), {})
@@ -163,14 +207,14 @@ def speed_table(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
         write_json(path, rows)
         return f"{epoch:.1f} s per epoch, {flop:.1f} TFLOP/s" + (f", {100 * share:.0f} % of peak" if share else "")
 
-    for kind in kinds:
+    for kind in kinds_of_steps(campaign.device):
         if (card, kind) not in [(row["card"], row["kind"]) for row in rows]:
             yield f"speed: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: measure(k)
 
 
 # (2) every arithmetic twice
 
-def pairs(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
+def pairs(campaign: Campaign) -> Iterator[Task]:
     """50 steps from one seed, twice: equal bits? one feature left?"""
     base = profiles.PROFILES["sprint"].base
     size = min(50 * base.batch_size, len(campaign.data.train_labels))
@@ -182,80 +226,99 @@ def pairs(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
         for rerun in (0, 1):
             config = replace(base, rerun=rerun, **kind)
             images = campaign.data.subset(config.train_size, config.test_size)
-            runs.append(campaign.store.train(config, data=images))
+            runs.append(campaign.store.train(config, data=images, checkpoint_every_s=math.inf))
         equal = len({run.record["digests"]["end"] for run in runs}) == 1
         asymmetry = runs[0].history.asymmetry.iloc[-1]
         return f"{'equal' if equal else 'different'} bits, asymmetry {asymmetry:.1e}"
 
-    for precision in precisions(campaign.device):
-        for deterministic in (False, True):
-            for more in ({}, ATOMIC, dict(benchmark=True)):
-                if deterministic and "benchmark" in more: continue
+    for more in ({}, ATOMIC):
+        for precision in precisions(campaign.device):
+            for deterministic in (False, True):
                 kind = dict(precision=precision, deterministic=deterministic, **more)
                 yield f"twice: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: compare(k)
 
 
 # (3) the probe
 
-def probe(campaign: Campaign) -> Iterator[tuple[str, Callable[[], str]]]:
-    """What each operation of this device does, by `symbreak.hardware`, where this version has it."""
-    try: from symbreak.hardware import probe as ask
-    except ImportError: return
-    path = campaign.path("probe.csv")
+def probe(campaign: Campaign) -> Iterator[Task]:
+    """What each operation does at the shapes of the network, as torch comes and under the switch."""
+    width = profiles.PROFILES["sprint"].base.width
 
-    def measure() -> str:
-        table = ask(str(campaign.device))
-        table.to_csv(path, index=False)
+    def measure(dtype: str, path: Path) -> str:
+        table = ask(str(campaign.device), width=width, dtypes=(dtype,), settings=("default", "deterministic"))
+        save_probe(table, path)
         return f"{len(table)} rows"
 
-    if not path.exists(): yield "probe", measure
+    for dtype in ("float32", "bfloat16") if campaign.device.type == "cuda" else ("float32",):
+        path = campaign.path(f"probe-{dtype}.json")
+        if not path.exists(): yield f"probe: {dtype}", lambda what=(dtype, path): measure(*what)
 
 
 # what is left behind
 
 def save(campaign: Campaign, ahead: str = "") -> None:
     """results.tar.gz and STATUS.md."""
-    small = campaign.out / "small"
+    small, packed = campaign.store.root / "small", campaign.store.root / "results.tar.gz"
     for files in map(RunFiles, sorted(campaign.store.root.glob("[0-9a-f]" * 12))):
-        if files.config.exists(): copy_small(files.folder, small)
+        try:
+            if files.config.exists() and not is_finished(small / files.folder.name): copy_small(files.folder, small)
+        except (OSError, ValueError) as error: campaign.log(f"copy of {files.folder.name}", error)
     write_status(campaign, ahead)
-    temporary = campaign.out / ".results.tar.gz"
-    with tarfile.open(temporary, "w:gz") as tar:
+    with tarfile.open(packed, "w:gz") as tar:
         if small.exists(): tar.add(small, "runs")
         if campaign.path("").exists(): tar.add(campaign.path(""), "gpu")
         for name in ("STATUS.md", "errors.log"):
             if (campaign.out / name).exists(): tar.add(campaign.out / name, name)
+    temporary = campaign.out / ".results.tar.gz"
+    shutil.copyfile(packed, temporary)
     temporary.replace(campaign.out / "results.tar.gz")
 
 
 def write_status(campaign: Campaign, ahead: str = "") -> None:
     """What is done, what failed, and what the next call does."""
-    where = provenance(campaign.device)
+    where = campaign.where
     lines = ["# GPU campaign", "", f"{where['device_name']}, torch {where['torch']}, CUDA {where['cuda']}, "
              f"cuDNN {where['cudnn']}, driver {where['driver']}, commit {where['commit']}", "",
              *(f"- {what}: {came}" for what, came in campaign.done.items()), "",
-             *(f"- FAILED {failure}" for failure in campaign.failures), "",
+             *(f"- FAILED {what}: {why}" for what, why in campaign.failed.items()), "",
              f"Next: {ahead}" if ahead else "Under way."]
     (campaign.out / "STATUS.md").write_text("\n".join(lines) + "\n")
 
 
+def parts(campaign: Campaign) -> Iterator[tuple[float, Iterator[Task]]]:
+    """All tasks in their order, in parts that may take so many seconds."""
+    yield 60, speed_table(campaign)
+    yield 90, pairs(campaign)
+    for curve in CURVES: yield math.inf, figure(campaign, "fig04", "sprint", curve)
+    yield 60, probe(campaign)
+    for seconds, name, profile in ((60, "fig07", "paper"), (180, "abl03", "paper"), (math.inf, "fig06", "sprint"),
+                                   (math.inf, "fig04", "sprint")):
+        yield seconds, figure(campaign, name, profile)
+
+
 def work_through(campaign: Campaign) -> str:
-    """All tasks in their order until the time is up; what comes next."""
-    figures = (("abl03", "paper"), ("fig07", "paper"), ("fig04", "sprint"), ("fig06", "sprint"))
-    for part in (speed_table(campaign), pairs(campaign), probe(campaign), *(figure(campaign, *f) for f in figures)):
-        for what, do in part:
-            if campaign.spent(): return what
-            attempt(campaign, what, do)
-            if campaign.done.get(what, "").startswith("paused"): return what
+    """The tasks, first as far as their parts may go, then the rest, until the time is up; what comes next."""
+    for is_last in (False, True):
+        for seconds, part in parts(campaign):
+            until = math.inf if is_last else time.monotonic() + seconds
+            for what, do in part:
+                if what in campaign.done or what in campaign.failed: continue
+                if campaign.spent(): return what
+                if time.monotonic() >= until: break
+                attempt(campaign, what, do)
+                if campaign.done.get(what, "").startswith("paused"): return what
     return "nothing: all is done"
 
 
 def bring_in(archive: Path, target: Path) -> int:
-    """Put the finished runs of results.tar.gz into an archive of the repository; how many."""
+    """Put finished runs and measurements of results.tar.gz into an archive of the repository; how many runs."""
     kept = {path.name for path in RunFiles(Path()).kept}
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             parts = Path(member.name).parts
+            if re.fullmatch(r"gpu/[\w-]+\.json", member.name):
+                target.mkdir(parents=True, exist_ok=True)
+                (target / parts[1]).write_bytes(tar.extractfile(member).read())
             if not member.isfile() or len(parts) != 3 or parts[0] != "runs" or parts[2] not in kept: continue
             if not re.fullmatch("[0-9a-f]{12}", parts[1]): raise ValueError(f"{archive}: unexpected {member.name}")
             folder = target / parts[1]
@@ -265,7 +328,7 @@ def bring_in(archive: Path, target: Path) -> int:
     for folder in folders:
         found = Config.from_dict(json.loads(RunFiles(folder).config.read_text())).hash
         if found != folder.name: raise ValueError(f"{folder}: holds the run {found}; delete the folder")
-    unfinished = [folder for folder in folders if not is_finished(folder)]
+    unfinished = [folder for folder in folders if not RunFiles(folder).record.exists() or not is_finished(folder)]
     for folder in unfinished: shutil.rmtree(folder)
     return len(folders) - len(unfinished)
 
@@ -291,18 +354,23 @@ def main(argv: list[str] | None = None) -> int:
     if options.bring is not None:
         print(f"{bring_in(options.bring, home() / 'results' / 'gpu')} finished runs in results/gpu")
         return 0
+    device = resolve_device(options.device)
     if options.rehearse: rehearse()
+    elif options.device == "auto" and device.type == "cpu":
+        parser.error("--device: torch sees no GPU here; allowed: --rehearse, or --device cpu for weeks of work")
     options.out.mkdir(parents=True, exist_ok=True)
     store = default_store()
     (store.root / "gpu").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
+    for path in (home() / "results" / "gpu").glob("*.json"):  # what an earlier campaign has measured
+        if not (store.root / "gpu" / path.name).exists(): shutil.copy(path, store.root / "gpu")
     data = images_of(options.images, profiles.PROFILES["sprint"].base.data)
-    campaign = Campaign(options.out, resolve_device(options.device), deadline, store, data)
+    campaign = Campaign(options.out, device, deadline, store, data, provenance(device))
     print(f"{data}; {json.dumps(asdict(profiles.PROFILES['sprint'].base))}", flush=True)
     try: ahead, code = work_through(campaign), 0
     except Exception as error:
         if not is_cuda_error(error): raise
-        campaign.failures.append(f"the device: {str(error).splitlines()[0]}")
+        campaign.log("the device", error)
         ahead, code = "the same command, in a new process: the device was lost", 1
     save(campaign, ahead)
     print(f"Next: {ahead}")

@@ -28,11 +28,11 @@ from .properties import Trial, answers, bound, trial
 
 # %% ../nbs/08_hardware.ipynb #1d4be10b
 SETTINGS = {"default": dict(deterministic=False), "deterministic": dict(deterministic=True, tf32=False),
-            "benchmark": dict(deterministic=False, benchmark=True)}
+            "benchmark": dict(deterministic=False, benchmark=True), "ieee": dict(deterministic=False, tf32=False)}
 
 def settings_of(device: torch.device) -> tuple[str, ...]:
     "The settings that make a difference on a device"
-    return tuple(name for name in SETTINGS if name != "benchmark" or device.type == "cuda")
+    return tuple(SETTINGS) if device.type == "cuda" else ("default", "deterministic")
 
 def dtypes_of(device: torch.device) -> tuple[str, ...]:
     "The precisions that a device has instructions for"
@@ -63,9 +63,10 @@ class Case:
 def cases(operations: Iterable[Operation], dtypes: Iterable[str], threads: Iterable[int],
           settings: Iterable[str]) -> list[Case]: # those of one operation and precision are neighbours
     "Every operation in every way"
+    settings = list(settings)
     return [Case(*case) for operation, dtype in product(operations, dtypes)
             for case in product([operation], [dtype], (False, True) if operation.is_image else (False,),
-                                dict.fromkeys(threads), settings)]
+                                dict.fromkeys(threads), [s for s in settings if s != "ieee" or dtype == "float32"])]
 
 # %% ../nbs/08_hardware.ipynb #164cbbfe
 def ask(case: Case, made: Trial, # inputs of its operation in its precision, on the device

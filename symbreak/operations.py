@@ -200,7 +200,9 @@ def _step(kind: type, state: tuple[str, ...], options: dict, weight: Tensor, gra
     weight = weight.clone().requires_grad_()
     weight.grad = grad
     optimizer = kind([weight], lr=0.1, weight_decay=5e-4, **options)
-    optimizer.state[weight] = dict(zip(state, (m.abs() for m in moments))) | dict(step=torch.tensor(3.))
+    past = dict(zip(state, (m.abs() for m in moments)))
+    where = weight.device if options.get("fused") else "cpu"  # as each of them keeps its count
+    optimizer.state[weight] = past | dict(step=torch.tensor(3., device=where))
     optimizer.step()
     return weight.detach()
 
@@ -219,7 +221,7 @@ def _all_reduce(ranks: Tensor) -> Tensor: # (rank, c) -> what each rank has afte
         mine = ranks[group.rank()].cpu().clone()
         group.allreduce([mine]).wait()
         return mine
-    return torch.stack(as_ranks(work, len(ranks)))
+    return torch.stack(as_ranks(work, len(ranks))).to(ranks.device)
 
 def all_reduce(ranks: int, c: int) -> Operation:
     "A sum over processes, as data-parallel training takes it of gradients"

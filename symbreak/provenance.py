@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def device_name(device: torch.device) -> str:
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
+@lru_cache
 def gpu_driver() -> str | None:
     "Version of NVIDIA's driver; None where it does not say"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

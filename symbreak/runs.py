@@ -111,7 +111,7 @@ def copy_small(folder: Path, archive: Path) -> Path: # the folder of the copy
     target.mkdir(parents=True, exist_ok=True)
     for path in files.kept:
         if path.exists() and folder != target: shutil.copyfile(path, target/path.name)
-    if "seal" not in (record := read_record(target)):
+    if (record := read_record(target)) and "seal" not in record:
         write_json(RunFiles(target).record, with_digests(record, RunFiles(target)))
     return target
 

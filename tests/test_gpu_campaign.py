@@ -1,10 +1,13 @@
 """The campaign for a GPU, as far as a CPU can tell: every piece at reduced size, on a machine that lacks what draws."""
+import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from torch.nn import functional as F
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.nets import ConstNet, LeakyNet
-from symbreak.provenance import git_commit
-from symbreak.runs import is_finished
+from symbreak.provenance import git_commit, provenance
+from symbreak.records import RunFiles
+from symbreak.runs import Store, is_finished
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_campaign.py"
@@ -59,12 +63,14 @@ def test_the_campaign_pauses_goes_on_and_is_brought_in(tmp_path):
         again = campaign(*options, "--minutes", "0.3", **where)
         assert again.returncode == 0, again.stderr
         status = (tmp_path / "out" / "STATUS.md").read_text()
-        if re.search("^Next: (abl03|fig07)", status, re.MULTILINE): break
+        if re.search("^Next: (fig07|abl03)", status, re.MULTILINE): break
+    assert re.search(r"^- fig04 at sprint: hardware noise, seed 0: finished, 2 epochs", status, re.MULTILINE)
     assert re.search(r"^- twice: precision=float32 deterministic=True.* equal bits, asymmetry 0", status, re.MULTILINE)
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as tar: names = tar.getnames()
-    assert "gpu/speed.json" in names and "STATUS.md" in names and any(n.endswith("metrics.jsonl") for n in names)
+    assert {"gpu/speed.json", "gpu/probe-float32.json", "STATUS.md"} <= set(names)
+    assert any(name.endswith("metrics.jsonl") for name in names)
     speed = json.loads((tmp_path / "runs" / "gpu" / "speed.json").read_text())
-    assert {"deterministic", "quotient", "reduction"} <= set().union(*(row["kind"] for row in speed))
+    assert {"deterministic", "quotient", "reduction", "benchmark"} <= set().union(*(row["kind"] for row in speed))
     checkout = tmp_path / "checkout"
     (checkout / "symbreak").mkdir(parents=True)
     (checkout / "settings.ini").touch()
@@ -75,10 +81,76 @@ def test_the_campaign_pauses_goes_on_and_is_brought_in(tmp_path):
                       "print(module.bring_in(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])))",
                       tmp_path / "out" / "results.tar.gz", checkout / "results" / "gpu")
     assert brought.returncode == 0, brought.stderr
-    folders = list((checkout / "results" / "gpu").iterdir())
+    assert (checkout / "results" / "gpu" / "speed.json").exists()
+    folders = [path for path in (checkout / "results" / "gpu").iterdir() if path.is_dir()]
     assert int(brought.stdout) == sum(map(is_finished, folders)) > 5
     for folder in folders:
         assert Config.from_dict(json.loads((folder / "config.json").read_text())).hash == folder.name
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("gpu_campaign", SCRIPT)
+    monkeypatch.setitem(sys.modules, "gpu_campaign", module := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_ends_without_a_result_stops_nothing_else(script, tmp_path):
+    store = Store(tmp_path / "runs")
+    ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), store, load("digits"),
+                           provenance(torch.device("cpu")))
+    ours.path("").mkdir(parents=True)
+    good, killed = (Config(depth=7, width=1, quotient=True, epochs=1, seed=seed) for seed in (0, 1))
+    script.attempt(ours, "killed", lambda: 1 / 0)
+    store.folder(killed).mkdir(parents=True)
+    RunFiles(store.folder(killed)).config.write_text(json.dumps(asdict(killed)))  # as a kill leaves it
+    script.attempt(ours, "good", lambda: script.run_one(ours, good))
+    script.save(ours)
+    assert ours.failed == {"killed": "ZeroDivisionError: division by zero"} and ours.done["good"].startswith("finished")
+    assert "ZeroDivisionError" in (tmp_path / "errors.log").read_text()
+    assert script.bring_in(tmp_path / "results.tar.gz", tmp_path / "brought") == 1
+    assert [path.name for path in (tmp_path / "brought").iterdir()] == [good.hash]
+
+
+def test_a_task_that_takes_the_device_with_it_is_tried_twice(script, tmp_path):
+    def lose(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def new_process():
+        ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
+                               provenance(torch.device("cpu")))
+        ours.path("").mkdir(parents=True, exist_ok=True)
+        return ours
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="CUDA error"): script.attempt(new_process(), "bad", lose)
+    ours = new_process()
+    script.attempt(ours, "bad", lose)
+    assert "twice" in ours.failed["bad"]
+    script.attempt(ours, "other", lambda: "fine")
+    assert ours.done == {"other": "fine"}
+
+
+def test_parts_that_run_out_of_seconds_come_back_at_the_end(script, tmp_path, monkeypatch):
+    ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
+                           provenance(torch.device("cpu")))
+    ours.path("").mkdir(parents=True)
+    def tasks(name): return ((f"{name}{i}", lambda: "done") for i in range(2))
+    monkeypatch.setattr(script, "parts", lambda _: [(0, tasks("a")), (math.inf, tasks("b"))])
+    assert script.work_through(ours) == "nothing: all is done"
+    assert list(ours.done) == ["b0", "b1", "a0", "a1"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_the_script_starts_where_nothing_is_installed_and_refuses_weeks_on_a_cpu(tmp_path):
+    done = subprocess.run([sys.executable, "-P", "-c", "import runpy, sys\n"
+                           "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+                           f"sys.argv = [{str(SCRIPT)!r}, '--out', 'out']\n"
+                           "runpy.run_path(sys.argv[0], run_name='__main__')"],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert done.returncode == 2 and "--device: torch sees no GPU here; allowed: --rehearse" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_commit_of_a_copy_without_git_can_be_told(monkeypatch):

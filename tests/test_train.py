@@ -1,4 +1,5 @@
 """Training: arithmetic that is refused, every option on a few steps, and resuming for every kind of run."""
+import math
 import shutil
 from dataclasses import asdict, replace
 
@@ -127,6 +128,17 @@ def test_steps_are_measured_and_survive_a_pause(tmp_path):
     assert [row["step"] for row in straight.steps] == [1, 2, 3, 4, 5]
     assert resumed.steps == straight.steps
     assert set(straight.step_layers.layer) == set(straight.record["layers"])
+
+
+def test_with_an_infinite_interval_checkpoints_are_for_pauses(tmp_path, monkeypatch):
+    saved, write = [], records.write_checkpoint
+    monkeypatch.setattr("symbreak.journal.write_checkpoint", lambda path, state: saved.append(state["epoch"]) or
+                        write(path, state))
+    config = replace(TINY, epochs=3, schedule="constant")
+    train(config, tmp_path / "run", stop=lambda: len(saved) == 0, checkpoint_every_s=math.inf)
+    assert saved == [1]
+    resumed = train(config, tmp_path / "run", checkpoint_every_s=math.inf)
+    assert saved == [1] and bits(resumed) == bits(train(config))
 
 
 def paused(tmp_path, config=TINY):
