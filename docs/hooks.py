@@ -299,6 +299,7 @@ FILLED = {"reading list": reading_list, "gallery": gallery, "headline claims": c
           "repository": lambda: f"[{repository()}]({repository()})"}
 
 def on_page_markdown(markdown, page, config, files):
+    markdown = re.sub(r"\]\(\.\./\.\./nbs/(\w+)\.ipynb", r"](../argument/\1.md", markdown)  # a file there, a page here
     return re.sub(r"<!-- ([a-z ]+) -->", lambda found: FILLED[found[1]](), markdown)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pandas import DataFrame
 
+from .cache import AbsentError
 from .config import Config
 from .experiments import Request, offered, plan
 from .files import advice, locked, user_path
@@ -162,7 +163,7 @@ def whereabouts(campaign: Campaign, planned: dict[str, list[Planned]]) -> str:
     return ", ".join(f"after epoch {epoch} of {config.epochs} ({runs[config]})" for config, epoch in saved.items())
 
 def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable, progress: Progress,
-           background: Background) -> None:
+           background: Background) -> AbsentError | None: # what is wrong where images are not on this machine
     "Train what is missing, longest runs of a figure first; gather each figure when it is complete"
     waiting = list(planned)
     queue = [config for runs in planned.values() for config in longest_first([p.config for p in runs])]
@@ -178,9 +179,12 @@ def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callab
         progress.tick()
 
     if waiting: show()
+    absent = None
     try: _execute(campaign, queue, tick)
     except KeyboardInterrupt: raise KeyboardInterrupt(whereabouts(campaign, planned)) from None
+    except AbsentError as error: absent = error
     for name in waiting: gather(name)
+    return absent
 
 # %% ../nbs/33_campaign.ipynb #04fbbf20
 def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataFrame]: # figure -> its tidy data
@@ -195,7 +199,10 @@ def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataF
                               campaign.store,
                               progress.say)
         tables |= _measure(campaign, measured, gather, progress.say)
-        _train(campaign, {name: runs for name, runs in planned.items() if runs}, gather, progress, background)
+        absent = _train(campaign, {name: runs for name, runs in planned.items() if runs}, gather, progress, background)
+    if absent:
+        late = [name for name, table in tables.items() if table.attrs["missing"]]
+        raise AbsentError(f"{absent}; without these images not finished: {', '.join(late)}")
     return {name: tables[name] for name in campaign.requests}
 
 # %% ../nbs/33_campaign.ipynb #cee5a48b

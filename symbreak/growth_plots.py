@@ -27,8 +27,9 @@ def growth(table: pd.DataFrame, # histories with columns source, noise
         ax.plot(points.epoch, points.asymmetry, "o", color=colour, markersize=3, label=f"{eps:g}")
         ax.plot(line.epoch, line.asymmetry, color=colour)
     ax.axhline(0.1, color="0.5", linewidth=0.8, linestyle=":")
+    ax.annotate("broken", (0, 0.1), va="bottom", color="0.4", fontsize=8)
     ax.set(xlabel="epoch", ylabel="asymmetry of the weights", yscale="log")
-    ax.legend(title="noise at the start", loc="lower right")
+    ax.legend(title="noise at the start\n(dots measured,\nlines foretold)", loc="lower right", alignment="left")
     return ax
 
 # %% ../nbs/30a_growth_plots.ipynb #3001d3c2
@@ -68,7 +69,9 @@ def rates(table: pd.DataFrame, # rows of abl05: columns lr, batch_size, width, d
         ax.plot(factor, rows["mean"], "o-", color=colour, markersize=4, label=f"{words} (×1: {usual[name]:g})")
         ax.fill_between(factor, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
     middle = alone("width")[lambda t: t.width == usual.width].rate.mean()
-    for factor in ((0.5, 2), (2, 0.5)): ax.plot((0.5, 2), [f * middle for f in factor], ":", color="0.5", linewidth=0.8)
+    for factor, label in (((0.5, 2), "in proportion"), ((2, 0.5), "inversely")):
+        ax.plot((0.5, 2), [f * middle for f in factor], ":" if factor[0] < 1 else "--", color="0.5", linewidth=0.8,
+                label=label)
     ticks = [0.5, 1, 2, 4, 10]
     ax.set(xlabel="times the usual value", ylabel="rate of growth per epoch", xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter("{x:g}"), axis.set_minor_formatter("")
@@ -88,9 +91,10 @@ def strings_growth(table: pd.DataFrame, # histories with columns source, noise, 
         points = _logs(points) if len(points) else points
         ax.plot(points.epoch, points.asymmetry, "o", color=colour, markersize=3, label=init)
     ax.axhline(0.1, color="0.5", linewidth=0.8, linestyle=":")
+    ax.annotate("broken", (0, 0.1), va="bottom", color="0.4", fontsize=8)
     ax.set(xlabel="epoch", ylabel="largest asymmetry of a layer", yscale="log", ylim=(1e-9, 2))
     handles, labels = ax.get_legend_handles_labels()
     first = {label: handle for handle, label in reversed(list(zip(handles, labels)))}
-    ax.legend(list(first.values())[::-1], list(first)[::-1], title="init string", loc="center left",
-              bbox_to_anchor=(1.01, 0.5))
+    ax.legend(list(first.values())[::-1], list(first)[::-1], title="init string\n(dots measured,\nlines foretold)",
+              loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
     return ax

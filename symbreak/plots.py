@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'FLOOR', 'MARKERS', 'toy', 'propagation', 'accuracy', 'asymmetry', 'by_layer', 'correlation',
-           'effective_width', 'width_ratio', 'strings', 'travel', 'skips', 'start_label', 'survival', 'twin_gaps',
-           'catching_up', 'accuracy_table', 'error_dots', 'quotient_equality', 'quotient_cost']
+           'effective_width', 'width_ratio', 'strings', 'travel', 'skips', 'start_label', 'survival', 'arithmetic',
+           'twin_gaps', 'catching_up', 'accuracy_table', 'error_dots', 'quotient_equality', 'quotient_cost']
 
 # %% ../nbs/30_plots.ipynb #e1e5b34c
 import matplotlib.pyplot as plt
@@ -53,7 +53,7 @@ FLOOR = 1e-9  # where an asymmetry of 0, or anything below this, is drawn unless
 def accuracy(table: pd.DataFrame, ax: Axes, order: list[str] | None = None) -> Axes:
     "fig04: test accuracy against epoch, one curve per source of symmetry breaking"
     lines(table, ax, "epoch", "test_accuracy", order=order, percent=True)
-    ax.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 101))
+    ax.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, min(101, 115 * table.test_accuracy.max())))
     return legend_right(ax)
 
 def asymmetry(table: pd.DataFrame, ax: Axes, order: list[str] | None = None, floor: float = FLOOR) -> Axes:
@@ -191,6 +191,7 @@ def survival(table: pd.DataFrame, # one row per run: columns width, skip, warmup
 ) -> Axes: # the same axes
     "abl02: how many seeds survive the first steps"
     runs = table.assign(start=[start_label(row) for row in table.itertuples()], rate=table.lr.map("{:g}".format))
+    runs = runs.sort_values("width", kind="stable")
     cells = runs.pivot_table(index="start", columns="rate", values="survives", aggfunc=["sum", "count"], sort=False)
     alive, seeds = cells["sum"].astype(int), cells["count"]
     ax.imshow(alive / seeds, cmap="cividis", vmin=0, vmax=1, alpha=0.8, aspect="auto")
@@ -202,6 +203,24 @@ def survival(table: pd.DataFrame, # one row per run: columns width, skip, warmup
     ax.grid(False)
     ax.set(xlabel="learning rate", title="seeds that survive the first steps")
     return ax
+
+# %% ../nbs/30_plots.ipynb #a3b1c0d2
+def arithmetic(table: pd.DataFrame, # columns curve, deterministic, epoch, asymmetry
+               ax: Axes, floor: float = 1e-18) -> Axes:
+    "abl03: asymmetry in the last epoch, a row for each arithmetic; rings where the deterministic switch is on"
+    last = table[table.epoch == table.epoch.max()]
+    kinds = last.curve.str.removesuffix(", deterministic")
+    rows = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
+    for switch, shift, mark in ((False, -0.15, {}), (True, 0.15, dict(markerfacecolor="none"))):
+        runs = last[last.deterministic == switch]
+        ax.plot(runs.asymmetry.clip(lower=floor), kinds[runs.index].map(rows) + shift, "o", color=COLOURS[int(switch)],
+                markersize=5, label="with the switch" if switch else "as it is", **mark)
+    ax.set(xlabel="asymmetry of the weights in the last epoch", xscale="log", ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xlim(floor / 4, max(1e-12, 10 * last.asymmetry.max()))
+    ax.set_xticks([floor, *(tick for tick in (10. ** e for e in range(-15, 1, 3)) if tick < ax.get_xlim()[1])])
+    ax.set_xticklabels(["0", *(label.get_text() for label in ax.get_xticklabels()[1:])])
+    ax.set_yticks(range(len(rows)), rows)
+    return legend_right(ax)
 
 # %% ../nbs/30_plots.ipynb #626e051b
 def twin_gaps(table: pd.DataFrame, # last epochs: columns source, width, epochs, seed, test_accuracy

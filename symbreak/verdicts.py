@@ -80,7 +80,7 @@ def _estimate(values: pd.Series) -> tuple[float, float, float]: # mean, its stan
     return mean, error, 1e-9 * max(abs(mean), error)
 
 def holds(claim: Claim, values: pd.Series) -> bool:
-    "Whether the mean, give or take its standard error, lies in the band"
+    "Whether the band holds the mean with a standard error to spare"
     mean, error, slack = _estimate(values)
     return claim.low <= mean - error + slack and mean + error - slack <= claim.high and not values.isna().any()
 

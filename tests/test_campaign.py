@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from symbreak import campaign, cli
+from symbreak.cache import AbsentError
 from symbreak.campaign import Campaign, carry_out, run
 from symbreak.config import Config
 from symbreak.engines import Engine
@@ -65,6 +66,15 @@ def test_a_notebook_that_fails_ends_the_campaign_and_spares_the_rest(tmp_path, m
     figures = Figures(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="b cannot be drawn"): figures.run("a", "b", "c", "d")
     assert figures.made[:2] == ["a", "b"] and "d" not in figures.made
+
+
+def test_what_needs_no_images_is_drawn_where_they_are_absent(tmp_path, monkeypatch):
+    figures = Figures(tmp_path, monkeypatch)
+    absent = replace(figures.planned["slow"][0].config, data=f"folder:{tmp_path / 'images'}")
+    figures.planned["slow"] = [Planned("x", absent)]
+    with pytest.raises(AbsentError, match="images: no such folder.*without these images not finished: slow"):
+        figures.run("slow", "a", "m", "c")
+    assert sorted(figures.made) == ["a", "c", "m"]
 
 
 def test_nothing_is_measured_or_trained_when_the_budget_is_spent(tmp_path, monkeypatch):

@@ -124,6 +124,16 @@ def test_links_of_written_pages_lead_somewhere(page):
             assert path.is_file() or path.relative_to(DOCS).as_posix() in MADE, link
 
 
+@pytest.mark.parametrize("page", sorted((DOCS / "howto").glob("*.md")), ids=lambda p: p.stem)
+def test_what_the_readme_links_can_be_read_as_a_file(page):
+    text = page.read_text()
+    assert "][" not in text
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert link.startswith("http") or (page.parent / link).resolve().is_file(), link
+    site = HOOKS.on_page_markdown(text, None, None, None)
+    for link in re.findall(r"\]\((\.\./argument/[^)#]+)", site): assert link.removeprefix("../") in MADE, link
+
+
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.stem)
 def test_python_in_written_pages_compiles_and_imports(page):
     for block in re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):

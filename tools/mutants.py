@@ -32,6 +32,7 @@ GUARDS = {  # module -> files of tests/ that concern it, the quickest first
     "records": "any_input damage cli train",
     "runs": "recipe runs",
     "claims": "readme claims",
+    "growth_claims": "readme claims",
 }
 STILLBORN = "cannot be imported"
 CELL = re.compile(r"^# %% (\S+) #(\w+)\n", re.MULTILINE)
