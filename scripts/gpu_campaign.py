@@ -116,6 +116,9 @@ def attempt(campaign: Campaign, what: str, do: Callable[[], str]) -> None:
     try:
         if before.get(what, 0) >= 2: raise RuntimeError("took the process or the device with it, twice")
         campaign.done[what] = do()
+    except KeyboardInterrupt:  # not its fault
+        write_json(campaign.path("tries"), before)
+        raise
     except Exception as error:
         if is_cuda_error(error): raise
         campaign.log(what, error)
@@ -128,8 +131,9 @@ def run_one(campaign: Campaign, config: Config) -> str:
     """Train one configuration as far as the time allows."""
     images = campaign.data.subset(config.train_size, config.test_size)
     if (found := campaign.store.load(config, images)) is None:
+        seldom = 120. if config.epochs > 4 else math.inf  # seconds; what is short is soon done again
         found = train(config, campaign.store.folder(config), stop=campaign.spent, data=images,
-                      checkpoint_every_s=math.inf)
+                      checkpoint_every_s=seldom)
     last = found.history.iloc[-1]
     accuracy = last.get("test_accuracy", float("nan"))
     return f"{found.record['status']}, {found.record['epochs_done']} epochs, {100 * accuracy:.1f} % test accuracy"
@@ -168,8 +172,11 @@ def seconds_per_step(config: Config, data: Dataset, device: torch.device, steps:
 
 
 def in_new_process(function: Callable, *arguments):
-    """What a function returns where nothing has run before."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool: return pool.submit(function, *arguments).result()
+    """What a function returns where nothing has run before; its errors say nothing of the device here."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        error = (work := pool.submit(function, *arguments)).exception()
+    if error: raise RuntimeError(f"a process of its own: {str(error).replace('CUDA error', 'error')}")
+    return work.result()
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
@@ -242,15 +249,17 @@ def pairs(campaign: Campaign) -> Iterator[Task]:
 
 def probe(campaign: Campaign) -> Iterator[Task]:
     """What each operation does at the shapes of the network, as torch comes and under the switch."""
-    width = profiles.PROFILES["sprint"].base.width
+    width, card = profiles.PROFILES["sprint"].base.width, re.sub(r"\W+", "-", campaign.where["device_name"])
+    is_gpu = campaign.device.type == "cuda"
 
     def measure(dtype: str, path: Path) -> str:
-        table = ask(str(campaign.device), width=width, dtypes=(dtype,), settings=("default", "deterministic"))
+        settings = ("default", "deterministic", *(("ieee",) if is_gpu and dtype == "float32" else ()))
+        table = ask(str(campaign.device), width=width, dtypes=(dtype,), settings=settings)
         save_probe(table, path)
         return f"{len(table)} rows"
 
-    for dtype in ("float32", "bfloat16") if campaign.device.type == "cuda" else ("float32",):
-        path = campaign.path(f"probe-{dtype}.json")
+    for dtype in ("float32", "bfloat16") if is_gpu else ("float32",):
+        path = campaign.path(f"probe-{card}-{dtype}.json")
         if not path.exists(): yield f"probe: {dtype}", lambda what=(dtype, path): measure(*what)
 
 
@@ -310,17 +319,29 @@ def work_through(campaign: Campaign) -> str:
     return "nothing: all is done"
 
 
+def bring_measurement(path: Path, content: bytes) -> None:
+    """Keep a file of measurements; the speed table gains the rows that it has not."""
+    rows = json.loads(content)
+    if path.name == "speed.json" and path.exists():
+        ours = json.loads(path.read_text())
+        have = [(row["card"], row["kind"]) for row in ours]
+        rows = ours + [row for row in rows if (row["card"], row["kind"]) not in have]
+    write_json(path, rows)
+
+
 def bring_in(archive: Path, target: Path) -> int:
-    """Put finished runs and measurements of results.tar.gz into an archive of the repository; how many runs."""
+    """Put finished runs and measurements of results.tar.gz into an archive of the repository; how many runs it has."""
     kept = {path.name for path in RunFiles(Path()).kept}
+    finished = {path.parent.name for path in target.glob("*/record.json") if is_finished(path.parent)}
+    target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             parts = Path(member.name).parts
             if re.fullmatch(r"gpu/[\w-]+\.json", member.name):
-                target.mkdir(parents=True, exist_ok=True)
-                (target / parts[1]).write_bytes(tar.extractfile(member).read())
+                bring_measurement(target / parts[1], tar.extractfile(member).read())
             if not member.isfile() or len(parts) != 3 or parts[0] != "runs" or parts[2] not in kept: continue
             if not re.fullmatch("[0-9a-f]{12}", parts[1]): raise ValueError(f"{archive}: unexpected {member.name}")
+            if parts[1] in finished: continue
             folder = target / parts[1]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / parts[2]).write_bytes(tar.extractfile(member).read())
@@ -360,9 +381,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--device: torch sees no GPU here; allowed: --rehearse, or --device cpu for weeks of work")
     options.out.mkdir(parents=True, exist_ok=True)
     store = default_store()
+    if options.rehearse: store = Store(store.root / "rehearsal")
     (store.root / "gpu").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    for path in (home() / "results" / "gpu").glob("*.json"):  # what an earlier campaign has measured
+    for path in [] if options.rehearse else (home() / "results" / "gpu").glob("*.json"):  # measured by earlier ones
         if not (store.root / "gpu" / path.name).exists(): shutil.copy(path, store.root / "gpu")
     data = images_of(options.images, profiles.PROFILES["sprint"].base.data)
     campaign = Campaign(options.out, device, deadline, store, data, provenance(device))

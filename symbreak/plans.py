@@ -137,7 +137,7 @@ def arithmetic_plan(profile: Profile) -> list[Planned]:
     planned = [(kind, changes, switch) for kind, changes in kinds.items() for switch in (False, True)]
     if profile.together: planned += [(kind, changes, True) for kind, changes in _TOGETHER.items()]
     return [Planned(kind + ", deterministic" * deterministic,
-                    replace(base, **changes, deterministic=deterministic, rerun=rerun))
+                    replace(base, **changes, deterministic=deterministic, rerun=rerun), dict(arithmetic=kind))
             for kind, changes, deterministic in planned for rerun in (0, 1)
             if kind not in _TOGETHER or kind == "3 processes" or rerun == 0]
 

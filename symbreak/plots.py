@@ -205,15 +205,14 @@ def survival(table: pd.DataFrame, # one row per run: columns width, skip, warmup
     return ax
 
 # %% ../nbs/30_plots.ipynb #a3b1c0d2
-def arithmetic(table: pd.DataFrame, # columns curve, deterministic, epoch, asymmetry
+def arithmetic(table: pd.DataFrame, # columns arithmetic, deterministic, epoch, asymmetry
                ax: Axes, floor: float = 1e-18) -> Axes:
     "abl03: asymmetry in the last epoch, a row for each arithmetic; rings where the deterministic switch is on"
     last = table[table.epoch == table.epoch.max()]
-    kinds = last.curve.str.removesuffix(", deterministic")
-    rows = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
+    rows = {kind: place for place, kind in enumerate(dict.fromkeys(last.arithmetic))}
     for switch, shift, mark in ((False, -0.15, {}), (True, 0.15, dict(markerfacecolor="none"))):
         runs = last[last.deterministic == switch]
-        ax.plot(runs.asymmetry.clip(lower=floor), kinds[runs.index].map(rows) + shift, "o", color=COLOURS[int(switch)],
+        ax.plot(runs.asymmetry.clip(lower=floor), runs.arithmetic.map(rows) + shift, "o", color=COLOURS[int(switch)],
                 markersize=5, label="with the switch" if switch else "as it is", **mark)
     ax.set(xlabel="asymmetry of the weights in the last epoch", xscale="log", ylim=(len(rows) - 0.5, -0.5))
     ax.set_xlim(floor / 4, max(1e-12, 10 * last.asymmetry.max()))

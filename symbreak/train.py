@@ -193,7 +193,7 @@ def run_epochs(trainer: Trainer, journal: Journal, stop: Callable | None, checkp
         may_go_on = status in ("running", "paused") or keeps_checkpoint(config, status)
         if may_go_on and journal.files: journal.remember(trainer_state(trainer))
         is_due = status != "running" or trainer.epoch == 1 or time.perf_counter() > due_at
-        if status == "paused" or is_due and checkpoint_every_s < math.inf:
+        if status == "paused" or is_due and may_go_on and (checkpoint_every_s < math.inf or journal.saved):
             began = time.perf_counter()
             save_checkpoint(journal)
             saved = time.perf_counter()
@@ -224,7 +224,7 @@ def train(config: Config, # what to train
           folder: Path | str | None = None, # where the run lives; None: nothing is written
           report: Callable | None = None, # called as report(epoch, row) after each epoch, and where a run goes on
           stop: Callable | None = None, # called as stop() after each epoch; true: checkpoint, return "paused"
-          checkpoint_every_s: float = 15., # between checkpoints, more where saving takes long; inf: when it pauses only
+          checkpoint_every_s: float = 15., # seconds between checkpoints, more where one takes long; inf: at pauses only
           data: Dataset | None = None, # loaded already, to share it between runs; None: load config.data
           begun: Path | None = None, # checkpoint of a shorter run, to go on from if it is the same but for `epochs`
 ) -> Run: # with history and record, and with the trained model unless the folder's run was finished already

@@ -15,6 +15,7 @@ from symbreak import campaign, cli
 from symbreak.cache import AbsentError
 from symbreak.campaign import Campaign, carry_out, run
 from symbreak.config import Config
+from symbreak.data import load as load_source
 from symbreak.engines import Engine
 from symbreak.plans import Planned
 from symbreak.runs import Store
@@ -72,6 +73,8 @@ def test_what_needs_no_images_is_drawn_where_they_are_absent(tmp_path, monkeypat
     figures = Figures(tmp_path, monkeypatch)
     absent = replace(figures.planned["slow"][0].config, data=f"folder:{tmp_path / 'images'}")
     figures.planned["slow"] = [Planned("x", absent)]
+    def fail_at_once(*_): load_source(absent.data)
+    monkeypatch.setattr(campaign, "execute", fail_at_once)  # before any figure is looked at
     with pytest.raises(AbsentError, match="images: no such folder.*without these images not finished: slow"):
         figures.run("slow", "a", "m", "c")
     assert sorted(figures.made) == ["a", "c", "m"]

@@ -20,6 +20,7 @@ from symbreak.nets import ConstNet, LeakyNet
 from symbreak.provenance import git_commit, provenance
 from symbreak.records import RunFiles
 from symbreak.runs import Store, is_finished
+from symbreak.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_campaign.py"
@@ -67,9 +68,10 @@ def test_the_campaign_pauses_goes_on_and_is_brought_in(tmp_path):
     assert re.search(r"^- fig04 at sprint: hardware noise, seed 0: finished, 2 epochs", status, re.MULTILINE)
     assert re.search(r"^- twice: precision=float32 deterministic=True.* equal bits, asymmetry 0", status, re.MULTILINE)
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as tar: names = tar.getnames()
-    assert {"gpu/speed.json", "gpu/probe-float32.json", "STATUS.md"} <= set(names)
+    assert {"gpu/speed.json", "STATUS.md"} <= set(names)
+    assert any(re.fullmatch(r"gpu/probe-.*-float32\.json", name) for name in names)
     assert any(name.endswith("metrics.jsonl") for name in names)
-    speed = json.loads((tmp_path / "runs" / "gpu" / "speed.json").read_text())
+    speed = json.loads((tmp_path / "runs" / "rehearsal" / "gpu" / "speed.json").read_text())
     assert {"deterministic", "quotient", "reduction", "benchmark"} <= set().union(*(row["kind"] for row in speed))
     checkout = tmp_path / "checkout"
     (checkout / "symbreak").mkdir(parents=True)
@@ -112,7 +114,42 @@ def test_what_ends_without_a_result_stops_nothing_else(script, tmp_path):
     assert ours.failed == {"killed": "ZeroDivisionError: division by zero"} and ours.done["good"].startswith("finished")
     assert "ZeroDivisionError" in (tmp_path / "errors.log").read_text()
     assert script.bring_in(tmp_path / "results.tar.gz", tmp_path / "brought") == 1
-    assert [path.name for path in (tmp_path / "brought").iterdir()] == [good.hash]
+    assert [path.name for path in (tmp_path / "brought").iterdir() if path.is_dir()] == [good.hash]
+
+
+def test_an_older_archive_takes_nothing_away(script, tmp_path):
+    config = Config(depth=7, width=1, quotient=True, epochs=2, schedule="constant")
+    card = dict(kind=dict(precision="float32"), step_s=1.)
+    def archive(name, rows, **how):
+        ours = script.Campaign(tmp_path / name, torch.device("cpu"), float("inf"), Store(tmp_path / name / "runs"),
+                               load("digits"), provenance(torch.device("cpu")))
+        ours.path("").mkdir(parents=True)
+        ours.path("speed.json").write_text(json.dumps(rows))
+        train(config, ours.store.folder(config), **how)
+        script.save(ours)
+        return tmp_path / name / "results.tar.gz"
+    older = archive("older", [card | dict(card="H200")], stop=lambda: True)
+    for name in (archive("newer", [card | dict(card="H100")]), older):
+        assert script.bring_in(name, tmp_path / "brought") == 1
+    assert is_finished(tmp_path / "brought" / config.hash)
+    speed = json.loads((tmp_path / "brought" / "speed.json").read_text())
+    assert [row["card"] for row in speed] == ["H100", "H200"]
+
+
+def test_an_interrupt_is_not_held_against_a_task(script, tmp_path):
+    ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
+                           provenance(torch.device("cpu")))
+    ours.path("").mkdir(parents=True)
+    def interrupt(): raise KeyboardInterrupt
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt): script.attempt(ours, "long", interrupt)
+    assert script.tries(ours) == {}
+
+
+def test_the_device_of_another_process_is_not_ours(script):
+    with pytest.raises(RuntimeError, match="a process of its own: .*literal") as caught:
+        script.in_new_process(int, "x")
+    assert not script.is_cuda_error(caught.value)
 
 
 def test_a_task_that_takes_the_device_with_it_is_tried_twice(script, tmp_path):

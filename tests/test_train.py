@@ -138,7 +138,8 @@ def test_with_an_infinite_interval_checkpoints_are_for_pauses(tmp_path, monkeypa
     train(config, tmp_path / "run", stop=lambda: len(saved) == 0, checkpoint_every_s=math.inf)
     assert saved == [1]
     resumed = train(config, tmp_path / "run", checkpoint_every_s=math.inf)
-    assert saved == [1] and bits(resumed) == bits(train(config))
+    assert saved == [1, 3] and bits(resumed) == bits(train(config))  # no older checkpoint is left beside the end
+    assert not (train(config, tmp_path / "other", checkpoint_every_s=math.inf) and saved[2:])
 
 
 def paused(tmp_path, config=TINY):
