@@ -100,7 +100,7 @@ def test_what_few_readers_open_is_folded_and_nothing_else():
 
 def test_the_first_page_shows_a_titled_figure_and_every_headline_claim_once():
     text = (DOCS / "index.md").read_text()
-    assert text.index("**Identical features train") < text.index("(figures/cifar/fig04.png)") < text.index("```")
+    assert text.index("**Identical features train") < text.index("(figures/full/fig04.png)") < text.index("```")
     filled = HOOKS.on_page_markdown(text, None, None, None)
     assert "<!--" not in filled and HOOKS.repository().startswith("https://") and HOOKS.repository() in filled
     assert "(CITATION.cff)" in filled

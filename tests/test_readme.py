@@ -37,8 +37,9 @@ def test_commands_of_the_readme_exist():
 
 
 def test_accuracies_on_all_of_cifar10_are_those_of_the_committed_runs():
-    """Written by hand, as long as claims wait for a second seed."""
-    ends = collect("fig04", "full").sort_values("epoch").groupby(["curve", "seed"]).test_accuracy.last().xs(0, level=1)
+    """Written by hand: where each curve ends, which no claim says."""
+    last = collect("fig04", "full").sort_values("epoch").groupby(["curve", "seed"]).test_accuracy.last()
+    ends = last.groupby("curve").mean()
     curves = "hardware noise (atomic additions)", "dropout 1 %", "He init", "exact control"
     for path, digits in (("README.md", 1), ("results/README.md", 2)):
         text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
