@@ -218,7 +218,7 @@ def _environment(name: str, value: str):
 
 # %% ../nbs/33_campaign.ipynb #fb4af6bb
 def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
-        profile: str = "quick", # quick, cifar, full, paper or sprint, or a variant such as quick+width=1
+        profile: str = "quick", # quick, ladder, cifar, full, paper or sprint, or a variant such as quick+width=1
         device: str = "auto", # auto, cpu, cuda, cuda:N; auto also accepts finished runs of other devices
         data: str | None = None, # data source in place of the profile's
         runs: Path | str | None = None, # where runs live; None: $SYMBREAK_RUNS or runs/

@@ -105,7 +105,7 @@ class Reproduce:
 class Report:
     "Print the table of claims and write the report in HTML, from what is finished; train nothing"
     profile: str = "all"
-    "quick, cifar, full, paper, sprint, or all of which something is finished"
+    "quick, ladder, cifar, full, paper, sprint, or all of which something is finished"
     device: str = "auto"
     "as for reproduce"
     data: str | None = None

@@ -188,7 +188,7 @@ def _row(name: str, configs: list[Config], store: Store, speed: Speed) -> dict:
                 gb=sum(map(disk, configs)) / 1e9) | {device: hours(configs, device) for device in speed.devices} | {
                 "left here": hours(left, speed.here)}
 
-def cost_table(profile: str, # quick, cifar, full, paper or sprint
+def cost_table(profile: str, # quick, ladder, cifar, full, paper or sprint
                names: tuple[str, ...] = (), # experiments; empty: all
                device: str = "auto", # auto, cpu, cuda or cuda:N
                data: str | None = None, # data source in place of the profile's

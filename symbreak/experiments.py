@@ -150,7 +150,7 @@ def offered(profile: str) -> tuple[str, ...]: # profile: its name
 class Request:
     "Which experiment, at which scale, where, and on which data"
     name: str  # experiment, such as "fig04"; see EXPERIMENTS
-    profile: str = "quick"  # quick, cifar, full, paper or sprint
+    profile: str = "quick"  # quick, ladder, cifar, full, paper or sprint
     device: str = "auto"  # auto, cpu, cuda, cuda:N; auto also accepts finished runs of other devices
     data: str | None = None  # data source in place of the profile's
 

@@ -130,7 +130,7 @@ class Exhibit:
     "A figure at a profile, as its notebook shows it: data, picture, verdicts"
     def __init__(self,
         name: str, # experiment, such as "fig04"
-        profile: str = "quick", # quick, cifar, full, paper or sprint
+        profile: str = "quick", # quick, ladder, cifar, full, paper or sprint
         device: str = "auto", # auto, cpu, cuda, cuda:N
         data: str | None = None, # data source in place of the profile's
         out: str | Path | None = None, # folder for its files; None: figures/<profile> of the checkout

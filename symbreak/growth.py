@@ -17,6 +17,9 @@ def _asymmetries(history: "pandas.DataFrame") -> tuple[np.ndarray, np.ndarray]: 
     for column in ("epoch", "asymmetry"):
         if column not in getattr(history, "columns", ()):
             raise ValueError(f"history: no column {column!r}; allowed: epoch and asymmetry, as in Run.history")
+        if not np.issubdtype(history[column].dtype, np.number):
+            raise ValueError(f"history: {column} holds {history[column].dtype}; allowed: numbers")
+    if not np.isfinite(history.epoch).all(): raise ValueError("history: an epoch that is not finite; allowed: numbers")
     measured = history.dropna(subset=["asymmetry"]).sort_values("epoch")
     if "train_loss" in history and not np.isfinite(history.train_loss[history.epoch > 0]).all():
         raise ValueError("history: a training loss that is not finite; allowed: that of a run that did not diverge")
@@ -34,9 +37,15 @@ def _check_share(name: str, value: float) -> None:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < 1):
         raise ValueError(f"{name}: {value!r}; allowed: between 0 and 1")
 
+def _alive(history: "pandas.DataFrame", since: float = 0) -> bool: # True, too, where there are no accuracies
+    "Is a network, in an epoch or later, right more often than with one answer to all images?"
+    if not {"train_accuracy", "test_accuracy"} <= set(history.columns): return True
+    chance, later = history.test_accuracy.iloc[0], history.train_accuracy[history.epoch >= since].max()
+    return not later <= 1.2 * chance
+
 def break_time(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run.history`
                threshold: float = 0.1, # of the asymmetry; 0 < threshold < 1
-) -> float: # epochs, between measured ones interpolated in ln(asymmetry); NaN for what never broke
+) -> float: # epochs, between measured ones interpolated in ln(asymmetry); NaN for what never broke, or died before
     "When asymmetry first passed the threshold"
     _check_share("threshold", threshold)
     epochs, values = _asymmetries(history)
@@ -45,6 +54,7 @@ def break_time(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run.
                          f"threshold of {threshold:g}")
     if not (values >= threshold).any(): return math.nan
     after = int((values >= threshold).argmax())
+    if not _alive(history, epochs[after]): return math.nan
     if values[after - 1] <= 0: return float(epochs[after])  # from exactly 0, ln knows no way
     share = math.log(threshold / values[after - 1]) / math.log(values[after] / values[after - 1])
     return float(epochs[after - 1] + share * (epochs[after] - epochs[after - 1]))
@@ -76,6 +86,7 @@ def growth_rate(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run
     epochs, values = _asymmetries(history)
     end = int((values >= high).argmax()) if (values >= high).any() else len(values)
     none = Growth(math.nan, math.nan, math.nan, math.nan)
+    if not _alive(history): return none._replace(reason="the network never learned anything: it had died")
     if end == 0: return none._replace(reason=f"asymmetry is {values[0]:.3g} at the start already")
     small = values[:end] > 0
     epochs, logs = epochs[:end][small], np.log(values[:end][small])

@@ -14,15 +14,17 @@ from .summaries import (breaking_factor, breaking_order, growth_rates, linearity
 from .verdicts import SMALL, Claim, Rows
 
 # %% ../nbs/23d_growth_claims.ipynb #e604abfd
+_LADDERS = (*SMALL, "ladder")
+
 GROWTH_CLAIMS = [
     Claim("fig09", "time to break is linear in ln(1 / noise at the start) (R^2)", linearity,
-          (dict(source="all features"),), low=0.98, profiles=SMALL),
+          (dict(source="all features"),), low=0.98, profiles=_LADDERS),
     Claim("fig09", "three copies foretell when symmetry breaks (largest error, in units of an epoch or 5 %)",
           prediction_error, (dict(source="all features"), dict(source="three copies")), high=1.),
     *(Claim("fig09", f"the same for {what} at every step", prediction_error,
             (dict(source=source), dict(source=STEPWISE, noise=size)), high=1., profiles=profiles)
-      for what, source, size, profiles in (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, SMALL),
-                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("paper",)),
+      for what, source, size, profiles in (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, _LADDERS),
+                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("ladder", "paper")),
                                            *((f"noise of {eps:.2g}", gradient_noise(eps), eps, ("paper",))
                                              for eps in PAPER.step_noises))),
 ]

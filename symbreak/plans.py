@@ -153,6 +153,9 @@ def lengths_plan(profile: Profile) -> list[Planned]:
 
 # %% ../nbs/20a_plans.ipynb #fa355e03
 STEPWISE = "three copies, disturbed at every step"
+_FOLLOWED = {  # changes to a configuration, and the nominal size of the noise
+    ATOMIC_NOISE: (ATOMIC, 2. ** -24), "random order of additions": (dict(reduction="element"), 2. ** -24),
+    ONE_ULP: (dict(gradient_ulps=1), ONE_ULP_RMS), "dropout 1 %": (dict(dropout=0.01), 0.01)}
 
 def gradient_noise(eps: float) -> str: return f"all features, disturbed at every step by {eps:g}"
 
@@ -162,9 +165,9 @@ def growth_plan(profile: Profile) -> list[Planned]:
                    precision="float32")
     def all_features(eps): return replace(base, weight_noise=eps, precision="float32" if eps >= 1e-4 else "float64")
     at_start = {"all features": all_features, "three copies": partial(three_copies, base)}
-    at_steps = {ATOMIC_NOISE: (ATOMIC, 2. ** -24)}
-    if profile.emulates_noise: at_steps |= {ONE_ULP: (dict(gradient_ulps=1), ONE_ULP_RMS)}
-    else: at_steps |= {gradient_noise(eps): (dict(gradient_noise=eps), eps) for eps in profile.step_noises}
+    at_steps = {source: _FOLLOWED[source] for source in profile.followed}
+    if not profile.emulates_noise:
+        at_steps |= {gradient_noise(eps): (dict(gradient_noise=eps), eps) for eps in profile.step_noises}
     return ([Planned(f"{source}, noise {eps:g}", make(eps), dict(source=source, noise=eps))
              for source, make in at_start.items() for eps in profile.noises] +
             [Planned(f"{STEPWISE}, noise {eps:g}", three_copies(base, eps, every_step=True),

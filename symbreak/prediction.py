@@ -93,13 +93,15 @@ def predict(config: Config, # of the runs that are predicted; its own breakers d
     if not eps or not all(isinstance(e, (int, float)) and 0 < e < threshold for e in eps):
         raise ValueError(f"eps: {eps!r}; allowed: one or more above 0 and below the threshold of {threshold:g}")
     if type(seeds) is not int or seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
+    if config.epochs < 1: raise ValueError(f"config: {config.epochs} epochs; allowed: at least 1")
     if differs_at_start(config, data):
         table = pd.DataFrame([dict(eps=e, break_epoch=0., low=0., high=0., broken=seeds, seeds=seeds) for e in eps])
         table.attrs["reasons"] = dict.fromkeys(eps, "features differ before the first step, whatever the noise")
         return table
     rows, reasons = [], {}
-    for e in eps:
-        runs = [_train(replace(three_copies(config, e, every_step), seed=seed), data, store)
+    asked = {e: three_copies(config, e, every_step) for e in eps}  # all are looked at before the first is trained
+    for e, copies in asked.items():
+        runs = [_train(replace(copies, seed=seed), data, store)
                 for seed in range(config.seed, config.seed + seeds)]
         epochs = pd.Series([_when(run, threshold) for run in runs])
         why = Counter(_failed(run) or f"did not break in {config.epochs} epochs"

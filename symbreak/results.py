@@ -76,7 +76,7 @@ def _collect(request: Request, store: Store) -> pd.DataFrame:
     return table
 
 def collect(name: str, # experiment, such as "fig04"
-            profile: str = "quick", # quick, cifar, full, paper or sprint
+            profile: str = "quick", # quick, ladder, cifar, full, paper or sprint
             device: str = "auto", # auto, cpu, cuda, cuda:N; auto accepts results of any device
             data: str | None = None, # data source in place of the profile's
             store: Store | None = None, # where runs live; None: default_store()
@@ -100,7 +100,7 @@ def _measure(request: Request, store: Store) -> None:
 
 # %% ../nbs/23_results.ipynb #4cb66da0
 def reproduce(name: str, # experiment, such as "fig04"; see EXPERIMENTS
-              profile: str = "quick", # quick, cifar, full, paper or sprint
+              profile: str = "quick", # quick, ladder, cifar, full, paper or sprint
               device: str = "auto", # auto, cpu, cuda, cuda:N; auto also accepts finished runs of other devices
               data: str | None = None, # data source in place of the profile's
               store: Store | None = None, # where runs live; None: default_store()

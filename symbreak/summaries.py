@@ -122,9 +122,10 @@ def break_epoch(rows: pd.DataFrame, threshold: float = 0.1) -> pd.Series:
     return rows.epoch.where(rows.asymmetry > threshold).groupby(rows.seed).min()
 
 def break_times(rows: pd.DataFrame, by: str = "noise") -> pd.Series: # indexed by that column, and seed
-    "When each run broke, interpolated between measured epochs; NaN for one that did not, or that diverged"
+    "When each run broke, interpolated between measured epochs; NaN for one that did not, diverged or died before"
     def when(run): return break_time(run) if np.isfinite(run.train_loss.iloc[1:]).all() else math.nan
-    return rows.groupby([by, "seed"])[["epoch", "asymmetry", "train_loss"]].apply(when)
+    asked = ["epoch", "asymmetry", "train_loss", "train_accuracy", "test_accuracy"]
+    return rows.groupby([by, "seed"])[[column for column in asked if column in rows]].apply(when)
 
 # %% ../nbs/23a_summaries.ipynb #e663d38f
 def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
@@ -134,13 +135,14 @@ def linearity(rows: pd.DataFrame) -> pd.Series: # by seed
 
 def noise_like(rows: pd.DataFrame, # runs with another source of asymmetry, of the same network
                ladder: pd.DataFrame, # runs with noise at the start, of several sizes
-) -> pd.Series: # relative size of the noise, by seed; NaN beyond the ladder, and if less of it does not break later
-    "Which noise at the start breaks the symmetry as late, on the mean over seeds of those that were tried"
+) -> pd.Series: # relative size of the noise, by seed; NaN beyond the ladder, and if less of it breaks no later
+    "Which noise at the start breaks the symmetry as late, by the line through the means over seeds on the ladder"
     times = break_times(rows).droplevel("noise")
-    steps = break_times(ladder).groupby("noise").agg(lambda by_seed: by_seed.mean(skipna=False)).dropna()[::-1]
-    if steps.empty or not (steps.is_monotonic_increasing and steps.is_unique): return times * math.nan
-    logs = np.interp(times, steps, np.log(steps.index), left=np.nan, right=np.nan)
-    return pd.Series(np.exp(logs), times.index)
+    steps = break_times(ladder).groupby("noise").agg(lambda by_seed: by_seed.mean(skipna=False)).dropna()
+    if len(steps) < 2: return times * math.nan
+    slope, at_one = np.polyfit(np.log(steps.index), steps, 1)
+    if not slope < -1e-9: return times * math.nan
+    return np.exp((times - at_one) / slope).where(times.between(steps.min(), steps.max()))
 
 def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Series: # by seed
     "Largest distance between break times, in units of an epoch or 5 %, whichever is larger"

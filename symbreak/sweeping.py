@@ -102,7 +102,7 @@ def print_costs(table: "pandas.DataFrame", # as cost_table returns it
 class Plan:
     "What a profile costs: runs, operations, hours by device and room on the disk; trains nothing"
     profile: tyro.conf.Positional[str]
-    "quick, cifar, full, paper or sprint"
+    "quick, ladder, cifar, full, paper or sprint"
     figures: tyro.conf.Positional[tuple[str, ...]] = ()
     "figures, such as fig04; none: all of the profile"
     device: str = "auto"

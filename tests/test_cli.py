@@ -50,7 +50,7 @@ def test_python_runs_the_package_as_the_command(module):
 @pytest.mark.parametrize("argv, named", [
     (["frobnicate"], "verb: 'frobnicate'; allowed: reproduce"),
     (["reproduce", "fig99"], "experiment: 'fig99'; allowed: fig01"),
-    (["reproduce", "--profile", "huge"], "profile: 'huge'; allowed: quick, cifar, full, paper, sprint"),
+    (["reproduce", "--profile", "huge"], "profile: 'huge'; allowed: quick, ladder, cifar, full, paper, sprint"),
     (["reproduce", "--device", "tpu"], "device: 'tpu'; allowed: auto, cpu, cuda"),
     (["reproduce", "--workers", "0"], "workers: 0; allowed: at least 1"),
     (["reproduce", "--budget-min", "nan"], "budget_min: nan; allowed: at least 0"),

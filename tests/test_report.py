@@ -215,7 +215,7 @@ def test_the_command(results, capsys, monkeypatch):
 
 def test_bad_profile_and_folder(capsys, tmp_path):
     assert cli.main(["report", "--profile", "huge"]) == 2
-    assert "profile: 'huge'; allowed: quick, cifar, full, paper, sprint, all" in capsys.readouterr().err
+    assert "profile: 'huge'; allowed: quick, ladder, cifar, full, paper, sprint, all" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert cli.main(["report", "--profile", "quick", "--out", str(tmp_path / "file" / "report")]) == 2
     assert "cannot write to" in capsys.readouterr().err
