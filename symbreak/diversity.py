@@ -31,13 +31,15 @@ def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 di
     if not x.numel() or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: {dim} of shape {tuple(x.shape)}; allowed: an axis of a tensor that is not empty")
     if not atol >= 0: raise ValueError(f"atol: {atol!r}; allowed: >= 0")
-    x = x.movedim(dim, 0)
+    count = int(_different(rows := _rows(x, dim)))
+    if count == _NAN: raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
+    return _groups(rows, atol) if atol else _settled(count, rows)
+
+def _rows(x: Tensor, dim: int) -> Tensor: # (size of `dim`, numbers in a slice), of a dtype that can be compared
+    "Slices of a tensor as rows"
     if x.is_floating_point() and x.element_size() == 1: x = x.float()  # float8 has no comparison of its own
-    if x.is_complex(): x = torch.view_as_real(x)
-    rows = x.reshape(len(x), -1)
-    if rows.isnan().any(): raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
-    if atol: return _groups(rows, atol)
-    return _different_hashed(rows) if rows.device.type == "cuda" else _different_sorted(rows)
+    if x.is_complex(): x, dim = torch.view_as_real(x), dim % x.dim()
+    return x.movedim(dim, 0).flatten(1) if x.dim() > 1 else x[:, None]
 
 @lru_cache
 def _multipliers(count: int, device: torch.device) -> Tensor: # (count,) int64
@@ -51,18 +53,19 @@ def _hashes(rows: Tensor) -> Tensor: # (n,) int64; equal for equal rows
     words = rows.view(torch.int64) if rows.is_floating_point() else rows.to(torch.int64)
     return ((words ^ (words >> 32)) * _multipliers(words.shape[1], words.device)).sum(1)
 
-def _different_sorted(rows: Tensor) -> int:
-    "Number of different rows, of which many may be equal to the first"
-    others = rows[(rows != rows[:1]).any(1)]
-    return 1 + (len(others.unique(dim=0)) if len(others) else 0)
+_NAN, _COLLIDED = 0, -1  # in the place of a count
 
-def _different_hashed(rows: Tensor) -> int:
-    "Number of different rows: neighbours in the order of hashes are compared, so that no collision goes unseen"
+def _different(rows: Tensor) -> Tensor: # 0-d int64, with no host sync
+    "Number of different rows; neighbours in the order of hashes are compared, so that no collision goes unseen"
     hashes, order = _hashes(rows).sort()
-    new, rows = hashes[1:] != hashes[:-1], rows[order]
-    collided = (rows[1:] != rows[:-1]).any(1) & ~new
-    count = torch.where(collided.any(), -1, 1 + new.sum()).item()
-    return count if count > 0 else len(rows.unique(dim=0))
+    new, neighbours = hashes[1:] != hashes[:-1], rows[order]
+    collided = (neighbours[1:] != neighbours[:-1]).any(1) & ~new
+    count = torch.where(collided.any(), _COLLIDED, 1 + new.sum())
+    return torch.where(rows.isnan().any(), _NAN, count)
+
+def _settled(count: int, rows: Tensor) -> int:
+    "The number of different rows, whatever became of their hashes"
+    return len(rows.unique(dim=0)) if count == _COLLIDED else count
 
 def _groups(rows: Tensor, atol: float) -> int:
     "Number of groups within `atol` of the first row that no earlier group took"
@@ -263,11 +266,6 @@ def layer_effective_width(model: nn.Module, # a network of `symbreak.nets`
     return _together({name: _effective_width(h) for name, h in features.items()})
 
 # %% ../nbs/04_diversity.ipynb #06edebfe
-def _count(x: Tensor, dim: int = 0) -> int | None:
-    "`distinct_features`, or nothing for a diverged network"
-    try: return distinct_features(x, dim)
-    except ValueError: return None
-
 def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
             x: Tensor | None = None, # (n, c, h, w) images for the measures of activations; None: leave these out
             constant: str = "one", # policy of `weight_correlation`
@@ -279,16 +277,22 @@ def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
     if x is not None:
         with evaluating(model): features = layer_outputs(model, x)
     def correlation(layer, over): return _mean_correlation(_vectors(layer.module.weight, over, 2, 0), constant)
+    counted = {l.name: (_canonical(l), 0) for l in layers if l.out_features}
+    counted |= {("block", name): (h, 1) for name, h in features.items()}
     numbers = _together(
         {"spreads": _spreads(model)}
         | {("forward", l.name): correlation(l, "forward") for l in layers if l.out_features}
         | {("backward", l.name): correlation(l, "backward") for l in layers if l.in_features}
-        | {("width", name): _effective_width(h) for name, h in features.items()})
+        | {("width", name): _effective_width(h) for name, h in features.items()}
+        | {("count", what): _different(_rows(*slices)) for what, slices in counted.items()})
+    def count(what):
+        found = int(numbers.get(("count", what), _NAN))  # a diverged network has no count, nor has the head
+        return None if found == _NAN else _settled(found, _rows(*counted[what]))
     *each, whole = (_ratio(*spread) for spread in numbers["spreads"])
     found = dict(asymmetry=whole, layers=[l.name for l in layers], layer_asymmetry=each,
-                 distinct=[_count(_canonical(l)) if l.out_features else None for l in layers],
+                 distinct=[count(l.name) for l in layers],
                  forward=[numbers.get(("forward", l.name)) for l in layers],
                  backward=[numbers.get(("backward", l.name)) for l in layers])
     if x is None: return found
-    return found | dict(blocks=list(features), block_distinct=[_count(h, dim=1) for h in features.values()],
+    return found | dict(blocks=list(features), block_distinct=[count(("block", name)) for name in features],
                         effective_width=[numbers["width", name] for name in features])

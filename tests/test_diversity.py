@@ -1,9 +1,11 @@
-"""Distinct features counted through hashes, as on a GPU: the same number as by sorting, also where hashes collide."""
+"""Distinct features counted through hashes: the same number as by sorting, also where hashes collide; one transfer."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from symbreak import diversity
-from symbreak.diversity import _different_hashed, _different_sorted, distinct_features
+from symbreak.diversity import distinct_features, measure
+from symbreak.nets import ConstNet
 
 
 def test_hashes_count_what_sorting_counts():
@@ -11,22 +13,54 @@ def test_hashes_count_what_sorting_counts():
     for _ in range(200):
         n, d, k = (int(torch.randint(1, high, (1,), generator=g)) for high in (40, 30, 8))
         rows = torch.randn(k, d, generator=g)[torch.randint(k, (n,), generator=g)]
-        assert _different_hashed(rows) == _different_sorted(rows) == len(rows.unique(dim=0))
+        assert distinct_features(rows) == len(rows.unique(dim=0))
 
 
 def test_one_ulp_and_zeros_of_either_sign():
     rows = torch.tensor([[0., 1.], [-0., 1.], [0., torch.nextafter(torch.tensor(1.), torch.tensor(2.))]])
-    assert _different_hashed(rows) == distinct_features(rows) == 2
+    assert distinct_features(rows) == 2
 
 
-def test_collisions_do_not_hide_a_row(monkeypatch):
-    monkeypatch.setattr(diversity, "_hashes", lambda rows: torch.zeros(len(rows), dtype=torch.int64))
-    assert _different_hashed(torch.tensor([[1., 2.], [3., 4.], [1., 2.], [3., 5.]])) == 3
-    assert _different_hashed(torch.ones(5, 3)) == 1
+@pytest.fixture
+def colliding(monkeypatch): monkeypatch.setattr(diversity, "_hashes", lambda rows: torch.zeros(len(rows)).long())
+
+
+def test_collisions_do_not_hide_a_row(colliding):
+    assert distinct_features(torch.tensor([[1., 2.], [3., 4.], [1., 2.], [3., 5.]])) == 3
+    assert distinct_features(torch.ones(5, 3)) == 1
+    found = measure(ConstNet(7, 1, init="he"), torch.randn(8, 3, 8, 8))
+    assert found["distinct"] == [16, 16, 32, 32, 64, 64, None] and found["block_distinct"] == [16, 16, 32, 64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.complex64,
-                                   torch.int32, torch.uint8, torch.bool], ids=str)
+                                   torch.int32, torch.uint8, torch.uint16, torch.uint64, torch.bool], ids=str)
 def test_any_dtype(dtype):
     rows = torch.tensor([[0, 1], [1, 0], [0, 1]]).to(dtype)
-    assert distinct_features(rows) == 2
+    assert distinct_features(rows) == distinct_features(rows.T, dim=1) == distinct_features(rows[:2, 0]) == 2
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations that make the host wait for a device."""
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(name in op.name() for name in ("_local_scalar_dense", "nonzero", "unique", "masked_select")):
+            self.heard.append(op.name())
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("init", ["identical", "he"])
+def test_nothing_waits_for_the_device_before_all_numbers_leave_together(init, monkeypatch):
+    together, waited = diversity._together, []
+
+    def noting(tensors):
+        waited.append(list(waits.heard))
+        return together(tensors)
+    monkeypatch.setattr(diversity, "_together", noting)
+    with Waits() as waits:
+        torch.ones(3).sum().item()
+        assert waits.heard and not waits.heard.clear()  # it is heard at all
+        measure(ConstNet(7, 1, init=init), torch.randn(8, 3, 8, 8))
+    assert waited == [[]] and set(waits.heard) <= {"aten::_local_scalar_dense"}  # of what has left
