@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from symbreak import diversity
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.nets import ConstNet, LeakyNet
+from symbreak.profiles import PROFILES
 from symbreak.provenance import git_commit, provenance
 from symbreak.records import RunFiles
 from symbreak.runs import Store, is_finished
@@ -198,9 +202,12 @@ def test_the_commit_of_a_copy_without_git_can_be_told(monkeypatch):
     assert git_commit() == "unknown"
 
 
-@pytest.mark.parametrize("make", [lambda: ConstNet(16, 10, in_channels=1), lambda: ConstNet(16, 10, 10, 1, "he"),
-                                  lambda: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=1)],
-                         ids=["ConstNet", "He", "LeakyNet"])
+NETWORKS = pytest.mark.parametrize(
+    "make", [lambda: ConstNet(16, 10, in_channels=1), lambda: ConstNet(16, 10, 10, 1, "he"),
+             lambda: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=1)], ids=["ConstNet", "He", "LeakyNet"])
+
+
+@NETWORKS
 def test_a_step_at_full_size_mixes_no_devices(make):
     """On the meta device, where shapes, dtypes and devices are all there is: loader, network, loss, gradients."""
     net = make().to("meta")
@@ -208,3 +215,55 @@ def test_a_step_at_full_size_mixes_no_devices(make):
     F.cross_entropy(net(x), y).backward()
     assert {p.grad.device.type for p in net.parameters()} == {"meta"}
     torch.optim.SGD(net.parameters(), 0.03, momentum=0.9, weight_decay=5e-4).step()
+
+
+@NETWORKS
+def test_all_measures_at_full_size_stay_on_their_device_until_they_leave_it(make, monkeypatch):
+    measured = {}
+    def leave(tensors):
+        measured.update(tensors)
+        return {what: torch.ones(t.shape).tolist() for what, t in tensors.items()}
+    monkeypatch.setattr(diversity, "_together", leave)
+    diversity.measure(make().to("meta"), torch.empty(32, 1, 32, 32, device="meta"))
+    assert {t.device.type for t in measured.values()} == {"meta"} and len(measured) > 40
+
+
+@NETWORKS
+def test_a_forward_pass_and_its_loss_on_cuda_tensors_that_are_not_there(make):
+    """As far as a torch without CUDA lets fake ones go: no gradients, and batch norm as it is in evaluation."""
+    with torch.device("meta"): net = make().eval()
+    with FakeTensorMode(), torch.no_grad():
+        for module in net.modules():
+            for name, own in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                delattr(module, name)
+                module.register_buffer(name, torch.empty(own.shape, dtype=own.dtype, device="cuda"))
+        x, y = torch.empty(32, 1, 32, 32, device="cuda"), torch.empty(32, dtype=torch.long, device="cuda")
+        assert F.cross_entropy(net(x), y).device.type == "cuda"
+        with pytest.raises(RuntimeError, match="device"): F.cross_entropy(net(x), y.cpu())
+
+
+@pytest.mark.parametrize("name, profile", [("fig07", "paper"), ("abl03", "paper"), ("fig06", "sprint")])
+def test_the_later_parts_of_the_campaign_begin(name, profile, script, tmp_path, monkeypatch):
+    for known in PROFILES: monkeypatch.setitem(PROFILES, known, PROFILES[known])  # are put back
+    script.rehearse()
+    ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
+                           provenance(torch.device("cpu")))
+    ours.path("").mkdir(parents=True)
+    tasks = [task for task in script.figure(ours, name, profile) if "tf32" not in task[0]]  # for which a CPU is none
+    script.attempt(ours, *tasks[0])
+    assert ours.done[tasks[0][0]].startswith("finished"), ours.failed
+
+
+def test_images_that_decode_to_other_pixels_get_a_label_of_their_own(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    packed = tmp_path / "images.tar.xz"
+    for i, place in enumerate(f"{split}/{kind}" for split in ("train", "test") for kind in ("cat", "dog")):
+        (tmp_path / "images" / place).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (60 * i, 10, 20)).save(tmp_path / "images" / place / "0.png")
+    with tarfile.open(packed, "w:xz") as tar:
+        for split in ("train", "test"): tar.add(tmp_path / "images" / split, split)
+    data = script.images_of(packed, "folder:cifar10-jpeg")
+    assert data.label == f"{script.LABEL}, digest {data.digest[:8]}" and len(data.train_labels) == 2
+    assert "decode to other pixels" in capsys.readouterr().out
+    assert script.images_of(packed, "folder:cifar10-jpeg").digest == data.digest  # is there already
