@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Reader', 'HEADLINES', 'lying', 'committed', 'archived', 'committed_table', 'all_verdicts', 'outcome', 'band_in_words',
-           'one_row_each', 'headlines', 'sources', 'readme_table', 'claims_page']
+           'one_row_each', 'headlines', 'sources', 'marginal', 'readme_table', 'claims_page']
 
 # %% ../nbs/26_headlines.ipynb #a078eb59
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import StringIO
 from pathlib import Path
 
@@ -102,13 +102,20 @@ def headlines(verdicts: pd.DataFrame) -> pd.DataFrame: # figure, claim, band, an
     return one_row_each(chosen, keys[chosen.index].map(HEADLINES))
 
 # %% ../nbs/26_headlines.ipynb #7fb4d138
-def sources(verdicts: pd.DataFrame) -> str: # Markdown, a line for each profile
-    "Where the numbers of each profile come from"
-    return "".join(f"`{profile}`: {source}.  \n" for profile, source in verdicts.attrs["source"].items())
+def sources(verdicts: pd.DataFrame, profiles: Iterable[str]) -> str: # Markdown, a line for each profile
+    "Where the numbers of profiles come from"
+    return "".join(f"`{name}`: {source}.  \n" for name, source in verdicts.attrs["source"].items() if name in profiles)
+
+def marginal(verdicts: pd.DataFrame) -> str: # such as "fig05 (cifar), fig09 (quick)"; "none"
+    "Where claims are that other seeds may decide otherwise"
+    close = verdicts[verdicts.margin != ""].groupby("figure", sort=False).profile.unique()
+    return ", ".join(f"{figure} ({', '.join(profiles)})" for figure, profiles in close.items()) or "none"
 
 def readme_table(verdicts: pd.DataFrame) -> str: # Markdown
     "The table of the README"
-    return headlines(verdicts).to_markdown(index=False) + "\n\n" + sources(verdicts)
+    table = headlines(verdicts)
+    return (table.to_markdown(index=False) + "\n\n" + sources(verdicts, table.columns) +
+            f"Marginal, of all claims: {marginal(verdicts)}.\n")
 
 def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
     "The page with every claim at every profile"
@@ -117,5 +124,5 @@ def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
              "further from the mean than that error, so that other seeds may decide otherwise. Written by\n"
              "`python tools/write_claims.py` from the data beside the figures and, for figures that still lack runs,\n"
              "from `results/`.")
-    return (f"# All claims\n\n{about}\n\n" + sources(verdicts) + "\n"
+    return (f"# All claims\n\n{about}\n\n" + sources(verdicts, PROFILES) + "\n"
             + one_row_each(verdicts).to_markdown(index=False) + "\n")
