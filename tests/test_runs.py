@@ -145,6 +145,7 @@ def test_budget_pauses_and_the_next_call_goes_on(tmp_path):
     store, configs = Store(tmp_path), [replace(TINY, seed=s) for s in range(2)]
     assert execute(configs, store, workers=2, budget_s=0) == []
     runs = execute(configs, store, workers=2)
+    assert multiprocessing.active_children() == []  # workers have gone when the runs are there
     assert [run.config for run in runs] == configs
 
 
