@@ -4,6 +4,7 @@
 """
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
@@ -37,3 +38,17 @@ def pytest_configure(config):
 def times(request):
     """How often something is tried: `times(few, many)` of the short suite and of `make soak`."""
     return lambda few, many: many if request.config.getoption("--soak") else few
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_at_work(monkeypatch):
+    """A test that fails takes the processes that it has started with it."""
+    started, start = [], subprocess.Popen.__init__
+
+    def noted(process, *args, **options):
+        start(process, *args, **options)
+        started.append(process)
+    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
+    yield
+    for process in started:
+        if process.poll() is None: process.kill()
