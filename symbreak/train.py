@@ -211,7 +211,7 @@ def finish(trainer: Trainer, journal: Journal, status: str) -> Run: # status: as
     model = trainer.model if trainer.team.size == 1 else alone_(deepcopy(trainer.model))
     run = Run(trainer.config, journal.metrics, trainer.steps, record, model)
     if journal.files is not None: save_run(run, journal.files.folder)
-    return run if trainer.team.size == 1 else replace(trainer.team.agreed(replace(run, model=None)), model=model)
+    return replace(trainer.team.agreed(replace(run, model=None)), model=model)
 
 # %% ../nbs/13_train.ipynb #d2e9a2b2
 def _finished(folder: Path | None, config: Config, data: Dataset | None) -> Run | None:

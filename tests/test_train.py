@@ -74,6 +74,34 @@ def test_options_that_do_not_go_together(tmp_path, bad, message):
     assert not (tmp_path / "run").exists()  # nothing half-made is left behind
 
 
+def test_torch_forgets_what_it_has_compiled_before_it_compiles_again(monkeypatch):
+    """From the third configuration of a process on it would fall back to eager, without a word."""
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda model: done.append("compile") or model)
+    data = load("digits")
+    Trainer(TINY, data, torch.device("cpu"))
+    assert done == []
+    Trainer(replace(TINY, compile=True), data, torch.device("cpu"))
+    assert done == ["reset", "compile"]
+
+
+def test_a_finished_run_is_read_and_nothing_is_loaded_or_built(tmp_path, monkeypatch):
+    first = train(TINY, tmp_path / "run")
+    for name in ("images", "Trainer"): monkeypatch.delattr(training, name)
+    again = train(TINY, tmp_path / "run")
+    assert again.metrics == first.metrics and again.record == first.record
+
+
+def test_checkpoints_come_after_the_first_epoch_and_then_every_so_many_seconds(tmp_path, monkeypatch):
+    now, epochs = [0.], []
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "save_checkpoint", lambda journal: epochs.append(journal.metrics[-1]["epoch"]))
+    def report(epoch, row): now[0] += 1
+    train(replace(TINY, epochs=8), tmp_path / "run", report=report, checkpoint_every_s=2.5)
+    assert epochs == [1, 4, 7]
+
+
 def test_the_callers_random_numbers_are_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
