@@ -7,6 +7,7 @@ __all__ = ['PREFIX', 'user_path', 'own_checkout', 'home', 'refusal', 'advice', '
 
 # %% ../nbs/10_files.ipynb #bd70620a
 import errno
+import filecmp
 import os
 import platform
 import shutil
@@ -42,12 +43,18 @@ def own_checkout() -> Path | None:
     return folder if (folder/"settings.ini").exists() else None
 
 # %% ../nbs/10_files.ipynb #5cab261a
+def _are_equal(*folders: Path) -> bool:
+    "Do two folders hold the same modules?"
+    names = {path.name for folder in folders for path in folder.glob("*.py")}
+    return len(filecmp.cmpfiles(*folders, names, shallow=False)[0]) == len(names)
+
 def home() -> Path:
     "The checkout around the working directory, else the library's own, else the working directory; two are an error"
-    around, own = _checkout(Path.cwd()), own_checkout()
-    if around and own and around != own:
-        raise ValueError(f"working directory: in the checkout {around}, but symbreak is imported from the checkout "
-                         f"{own}; allowed: the environment of {around}, or a folder of {own}, or one outside both")
+    around, own, imported = _checkout(Path.cwd()), own_checkout(), Path(symbreak.__path__[0]).resolve()
+    if around and around != own and (own or not _are_equal(around/"symbreak", imported)):
+        other = f"the checkout {own}" if own else f"{imported}, another version"
+        raise ValueError(f"working directory: in the checkout {around}, but symbreak is imported from {other}; "
+                         f"allowed: the environment of {around}, or a folder outside it")
     return around or own or Path.cwd()
 
 # %% ../nbs/10_files.ipynb #9cfc13b6

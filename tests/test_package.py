@@ -46,6 +46,16 @@ def test_the_package_trains_where_there_is_no_checkout(installed, tmp_path):
     assert done.returncode == 0 and f": {tmp_path / 'runs'}" in done.stdout, done.stderr
 
 
+def test_in_a_clone_of_another_version_it_takes_nothing_of_it(installed, tmp_path):
+    shutil.copytree(installed / "symbreak", tmp_path / "symbreak")
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs").mkdir()
+    assert "in a clone of the repository" in command(installed, tmp_path / "nbs", "reproduce", "fig02").stderr
+    (tmp_path / "symbreak" / "claims.py").unlink()
+    done = command(installed, tmp_path / "nbs", "reproduce", "fig02")
+    assert done.returncode == 2 and f"is imported from {installed / 'symbreak'}, another version" in done.stderr
+
+
 @pytest.mark.parametrize("argv", [["report"], ["reproduce", "fig01"]])
 def test_what_needs_a_clone_says_so_first(installed, tmp_path, argv):
     done = command(installed, tmp_path, *argv)

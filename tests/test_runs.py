@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,8 +200,20 @@ def test_the_library_of_one_checkout_refuses_the_notebooks_of_another(tmp_path, 
     where = re.escape(str(tmp_path))
     with pytest.raises(ValueError, match=f"in the checkout {where}, but symbreak is imported from the checkout"):
         home()
+
+
+@pytest.mark.parametrize("differs", [lambda code: (code / "claims.py").write_text("# of another version\n"),
+                                     lambda code: (code / "claims.py").unlink(),
+                                     lambda code: (code / "new.py").touch()])
+def test_an_installed_library_refuses_the_notebooks_of_another_version(tmp_path, monkeypatch, differs):
+    shutil.copytree(home() / "symbreak", tmp_path / "symbreak")
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("symbreak.files.own_checkout", lambda: None)  # as an installed package
-    assert home() == tmp_path
+    assert home() == tmp_path  # the same version
+    differs(tmp_path / "symbreak")
+    with pytest.raises(ValueError, match=f"in the checkout {re.escape(str(tmp_path))}, but .*, another version; "):
+        home()
 
 
 # no answer from other images
