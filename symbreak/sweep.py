@@ -45,8 +45,8 @@ def _read_all(name: str, text: str) -> list:
         first, dots, last = part.partition("..")
         is_row = dots and int in kinds and float not in kinds
         ends = [read_value(name, end, "grid", (int,)) for end in (first, last)] if is_row else []
-        if ends and ends[1] - ends[0] >= MOST:
-            raise ValueError(f"grid: {part!r} of {name}; allowed: at most {MOST:,} values")
+        if ends and not 0 <= ends[1] - ends[0] < MOST:
+            raise ValueError(f"grid: {part!r} of {name}; allowed: at most {MOST:,} values, in rising order")
         values += range(ends[0], ends[1] + 1) if is_row else [read_value(name, part, "grid")]
     return values
 

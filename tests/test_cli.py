@@ -64,6 +64,7 @@ def test_python_runs_the_package_as_the_command(module):
     (["train", "--skip", "no"], "invalid choice 'no' for argument '--skip'. Expected one of ('linear', 'rectified')"),
     (["reproduce", "--workers", "many"], "--workers: no type matching {None}|INT could be instantiated from ['many']"),
     (["report", "--nothing"], "Unrecognized options: --nothing"),
+    (["sweep", "--grid", "seed=5..1"], "grid: '5..1' of seed; allowed: at most 100,000 values, in rising order"),
 ])
 def test_bad_arguments(capsys, tmp_path, monkeypatch, argv, named):
     monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path))
