@@ -9,7 +9,6 @@ __all__ = ['MEETING', 'PATIENCE', 'heard', 'behind', 'follow', 'others', 'own_ra
 import os
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from torch import distributed
 
 from .config import Config, launched
+from .files import temporary_folder
 from .processes import start_process
 from .team import Team
 
@@ -70,12 +70,12 @@ def _wait(place: Path, others: list[subprocess.Popen]) -> None:
 @contextmanager
 def others(size: int, function: Callable, *arguments) -> Iterator[Path]: # the folder where they are
     "Ranks 1 to size - 1, which call a function of a module"
-    with tempfile.TemporaryDirectory(prefix="symbreak-") as place:
+    with temporary_folder() as place:
         numbers = [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size)) for rank in range(1, size)]
-        started = [start_process(follow, (function, arguments), {MEETING: place} | given) for given in numbers]
+        started = [start_process(follow, (function, arguments), {MEETING: str(place)} | given) for given in numbers]
         try:
-            _wait(Path(place), started)
-            yield Path(place)
+            _wait(place, started)
+            yield place
         finally:
             for process in started: process.stdin.close()
             for process in started:

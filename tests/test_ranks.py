@@ -4,9 +4,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,13 +140,20 @@ CODE = "import sys; from symbreak.train import *; train(Config.from_dict(eval(sy
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_processes_that_rank_0_has_started_end_with_it(tmp_path, number):
+def test_processes_that_rank_0_has_started_end_with_it_and_leave_nothing_for_good(tmp_path, monkeypatch, number):
     config, files = replace(SMALL, epochs=10_000, processes=3), RunFiles(tmp_path / "run")
     command = [sys.executable, "-c", CODE, str(tmp_path / "run"), repr(config.changed)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(files, 4, process)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches all of them
-    errors = process.communicate(timeout=60)[1]
+    with tempfile.TemporaryDirectory() as temporary:  # with a short path
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        def meetings(): return list(Path(temporary).glob("symbreak-*"))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                   env={**os.environ, "TMPDIR": temporary})
+        wait_for(files, 4, process)
+        assert len(meetings()) == 1
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches all of them
+        errors = process.communicate(timeout=60)[1]
+        if number == signal.SIGKILL: roll_call(Config(processes=2))  # the next one takes away what is left
+        assert meetings() == []
     assert files.checkpoint.exists()
     if number == signal.SIGINT: assert re.search(r"KeyboardInterrupt: after epoch \d+ of 10000\n$", errors)
 
