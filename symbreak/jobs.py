@@ -13,13 +13,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from .config import Config, resolve_device
 from .engines import Engine, as_engine, import_submitit, local_executor, slurm_executor
+from .files import temporary_folder
 from .images import one_look
 from .journal import terminable
 from .outcome import Run
@@ -121,12 +123,12 @@ def _errors_to(path: Path) -> Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
 
-def _submit_here(engine: Engine, jobs: list[TrainJob]) -> dict: # submitit's job -> ours
+def _submit_here(engine: Engine, jobs: list[TrainJob], logs: Path) -> dict: # submitit's job -> ours
     "Jobs to this machine, or to this process"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    folder = Path(tempfile.mkdtemp(prefix="at-work-", dir=jobs_folder(jobs[0].store)))
+    folder = Path(tempfile.mkdtemp(dir=logs))  # a process may get the number of an earlier one
     executor = import_submitit().DebugExecutor(folder) if engine.kind == "debug" else local_executor(engine, folder)
-    with _errors_to(folder.parent/"controllers.log"): return {executor.submit(job): job for job in jobs}
+    with _errors_to(jobs_folder(jobs[0].store)/"controllers.log"): return {executor.submit(job): job for job in jobs}
 
 # %% ../nbs/16_jobs.ipynb #e37e89fc
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "COMPLETING", "SUSPENDED",
@@ -165,6 +167,12 @@ class Jobs:
         self.failed = set(failures(configs, store))
         self.queue = longest_first([c for c in self.configs if c not in self.finished | self.failed])
         self.at_work: dict = {}  # submitit's job -> ours
+        self.closing = ExitStack()
+
+    @cached_property
+    def logs(self) -> Path:
+        "Where submitit writes what belongs to jobs of this machine, until `closing` ends"
+        return self.closing.enter_context(temporary_folder(jobs_folder(self.store), "at-work-"))
 
     def hand_out(self) -> None:
         "Submit what there is room for"
@@ -172,7 +180,8 @@ class Jobs:
         else: jobs = self._next()
         if not jobs: return
         jobs_folder(self.store).mkdir(parents=True, exist_ok=True)
-        self.at_work |= (_submit_arrays if self.engine.kind == "slurm" else _submit_here)(self.engine, jobs)
+        self.at_work |= (_submit_arrays(self.engine, jobs) if self.engine.kind == "slurm" else
+                         _submit_here(self.engine, jobs, self.logs))
 
     def _next(self) -> list[TrainJob]:
         "What there is room for, taken off the queue"
@@ -238,7 +247,7 @@ def run_jobs(configs: list[Config], # runs that are wanted
     if retry:
         for config in configs: failure_file(store, config).unlink(missing_ok=True)
     jobs = Jobs(configs, store, engine, Budget.of(budget_s))
-    with terminable():
+    with terminable(), jobs.closing:
         try:
             while True:
                 jobs.hand_out()

@@ -68,6 +68,7 @@ def test_a_failed_run_keeps_its_traceback_and_is_tried_again_on_request_only(tmp
     assert "1 done, 1 failed" in said and str(failure_file(store, broken)) in said
     text = failure_file(store, broken).read_text()
     assert text.startswith(broken.label) and "Traceback" in text and "data.py" in text
+    assert {path.name for path in jobs_folder(store).iterdir()} == {failure_file(store, broken).name, "controllers.log"}
 
     before = failure_file(store, broken).stat().st_mtime_ns
     sweep(TINY, data=["nowhere", "digits"], engine="local", store=store)
@@ -124,6 +125,7 @@ def test_what_is_interrupted_stops_its_jobs(tmp_path):
 
     with pytest.raises(KeyboardInterrupt): run_jobs([LONG], store, "local", tick=interrupt)
     with FileLock(RunFiles(store.folder(LONG)).lock).acquire(timeout=30): pass  # nobody trains any longer
+    assert [path.name for path in jobs_folder(store).iterdir()] == ["controllers.log"]
 
 
 @needs_proc
@@ -138,6 +140,9 @@ def test_jobs_of_a_sweep_that_is_killed_pause(tmp_path):
     process.communicate()
     with FileLock(RunFiles(store.folder(LONG)).lock).acquire(timeout=FOREVER_S): pass  # nobody trains any longer
     assert store.saved_epochs(LONG) > 0 and not store.find(LONG)
+    wait_for(lambda: list(jobs_folder(store).glob("at-work-*/*/*_result.pkl")))
+    run_jobs([TINY], store, "debug")
+    assert [path.name for path in jobs_folder(store).iterdir()] == ["controllers.log"]
 
 
 def test_jobs_of_this_machine_see_the_gpus_that_their_caller_sees(tmp_path, monkeypatch):
