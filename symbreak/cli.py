@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Folder', 'VERBS', 'HELP', 'judged', 'print_claims', 'Reproduce', 'Report', 'List', 'check_verb', 'probe_verb',
-           'train_verb', 'sweep_verb', 'plan_verb', 'in_one_line', 'parse', 'main', 'answer', 'carry_out', 'guarded']
+           'train_verb', 'sweep_verb', 'plan_verb', 'in_one_line', 'parse', 'main', 'answer', 'guarded']
 
 # %% ../nbs/34_cli.ipynb #148f1ad1
 import io
@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .processes import terminable
 from .terminal import console
 
 # %% ../nbs/34_cli.ipynb #52383bcf
@@ -254,7 +255,8 @@ def main(argv: list[str] | None = None) -> int: # exit code
     "Entry point of the `symbreak` command"
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # where ASCII is all it can encode
-    return guarded(lambda: answer([*argv[1:2], "--help"] if argv[:1] == ["help"] else argv))
+    return guarded(lambda: answer([*argv[1:2], "--help"] if argv[:1] == ["help"] else argv),
+                   resumes=argv[:1] in (["reproduce"], ["train"], ["sweep"]))
 
 def answer(argv: list[str]) -> int: # exit code
     "Help, the version, or what a verb does"
@@ -265,20 +267,18 @@ def answer(argv: list[str]) -> int: # exit code
         from symbreak import __version__
         print(__version__)
         return 0
-    return carry_out(parse(argv[0], argv[1:]))
+    return parse(argv[0], argv[1:])()
 
-def carry_out(verb: Callable[[], int]) -> int: # exit code
-    "Do what a verb does; SIGTERM interrupts it as Ctrl-C does"
-    from symbreak.journal import terminable
-    with terminable(): return verb()
-
-def guarded(do: Callable[[], int]) -> int: # exit code
-    "Do it, and say in one line what went wrong"
-    try: return do()
+def guarded(do: Callable[[], int],
+            resumes: bool, # after an interrupt the same command goes on
+) -> int: # exit code
+    "Do it, and say in one line what went wrong; SIGTERM interrupts it as Ctrl-C does"
+    try:
+        with terminable(): return do()
     except BrokenPipeError: return 0  # the reader of our output has seen enough
     except KeyboardInterrupt as e:
-        where = str(e) or "after the last whole epoch"
-        print(f"symbreak: interrupted; the same command goes on {where}", file=sys.stderr)
+        where = str(e) or "after the last whole epoch" * resumes
+        print("symbreak: interrupted" + f"; the same command goes on {where}" * bool(where), file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("SYMBREAK_DEBUG"): raise

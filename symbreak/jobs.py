@@ -23,8 +23,8 @@ from .config import Config, resolve_device
 from .engines import Engine, as_engine, import_submitit, local_executor, slurm_executor
 from .files import temporary_folder
 from .images import one_look
-from .journal import terminable
 from .outcome import Run
+from .processes import terminable
 from .records import write_atomic, write_json
 from .runs import Budget, Store, default_workers, longest_first
 

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'with_best', 'Journal', 'save_checkpoint', 'check_resumable', 'earlier_circumstances', 'last_state',
-           'as_of_longer', 'resume', 'terminable', 'interruptible']
+           'as_of_longer', 'resume', 'interruptible']
 
 # %% ../nbs/12a_journal.ipynb #d88e26d8
 import json
-import signal
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Callable
 
 from .config import Config
+from .processes import terminable
 from .records import (RunFiles, append_line, is_longer, read_checkpoint, without_nan, write_checkpoint,
                               write_lines)
 
@@ -115,21 +114,6 @@ def resume(journal: Journal, begun: Path | None = None, # checkpoint of a shorte
         if journal.report is not None: journal.report(state["epoch"], journal.metrics[-1])
     write_lines(files.metrics, journal.metrics)
     return state
-
-# %% ../nbs/12a_journal.ipynb #a87ac2fb
-def _interrupt(number: int, frame) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough, while we save what there is
-    raise KeyboardInterrupt
-
-@contextmanager
-def terminable():
-    "SIGTERM interrupts what is inside as Ctrl-C does, unless the program handles it already"
-    in_main = threading.current_thread() is threading.main_thread()  # no other thread may choose what signals do
-    ours = in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours: signal.signal(signal.SIGTERM, _interrupt)
-    try: yield
-    finally:
-        if ours: signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # %% ../nbs/12a_journal.ipynb #2ad3c821
 @contextmanager
