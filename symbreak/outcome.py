@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data import Dataset
+from .files import user_path
 from .network import first_network
 from .provenance import weights_digest
-from .records import (RunFiles, check_files, keeps_checkpoint, read_lines, read_record, sealed, with_digests,
-                              write_atomic, write_json, write_lines)
+from .records import (RunFiles, check_files, keeps_checkpoint, read_lines, read_record, recorded_config, sealed,
+                              with_digests, write_atomic, write_json, write_lines)
 
 # %% ../nbs/12a_outcome.ipynb #26c06ca2
 def epoch_table(metrics: list[dict]) -> "pandas.DataFrame":
@@ -133,11 +134,12 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> "Run":
         "Read what a run has written"
-        record, files = read_record(folder), RunFiles(Path(folder))
+        files = RunFiles(user_path(folder, "folder"))
+        record = read_record(files.folder)
         if not record:
             raise ValueError(f"folder: {folder} has no record of a run; allowed: a folder that train has written")
         check_files(record, files.metrics, files.steps)
-        return cls(Config.from_dict(record["config"]), read_lines(files.metrics), read_lines(files.steps), record,
+        return cls(recorded_config(files.folder, record), read_lines(files.metrics), read_lines(files.steps), record,
                    folder=files.folder)
 
 # %% ../nbs/12a_outcome.ipynb #275f6f47
