@@ -22,13 +22,13 @@ from typing import Callable, Iterable, Iterator
 
 from .config import Config, resolve_device
 from .data import Dataset
-from .files import home, user_path
+from .files import home, unless_damaged, user_path
 from .images import checked, one_look
 from .outcome import Run
 from .records import (RunFiles, check_files, is_finished, is_longer, read_checkpoint, read_lines, read_record,
-                              whose, with_digests, write_json)
+                              recorded_config, whose, with_digests, write_json)
 from .train import train
-from .values import check_field
+from .values import check_budget, check_field
 
 # %% ../nbs/14_runs.ipynb #987f048e
 def _as_trained(config: Config) -> list[Config]:
@@ -43,22 +43,31 @@ class Store:
     root: Path
     archives: tuple[Path, ...] = ()
 
+    def __post_init__(self):
+        object.__setattr__(self, "root", user_path(self.root, "root"))
+        object.__setattr__(self, "archives", tuple(user_path(place, "archives") for place in self.archives))
+
     def folder(self, config: Config) -> Path:
         "The folder in which a run of `config` lives, or will"
-        return Path(self.root)/config.hash
+        return self.root/config.hash
+
+    def _finished(self, config: Config) -> Iterator[Path]:
+        folders = (place/c.hash for place in (self.root, *self.archives) for c in _as_trained(config))
+        return (folder for folder in folders if unless_damaged(is_finished, folder))
 
     def find(self, config: Config) -> Path | None:
         "The folder of the finished run of `config`, wherever it is; device `auto` accepts a run of any device"
-        folders = (Path(place)/c.hash for place in (self.root, *self.archives) for c in _as_trained(config))
-        return next(filter(is_finished, folders), None)
+        return next(self._finished(config), None)
+
+    def _read(self, folder: Path, config: Config, data: Dataset | None) -> Run:
+        if (run := Run.load(folder)).config not in _as_trained(config):
+            raise ValueError(f"folder: {folder} holds the run with hash {run.config.hash}; give it back its name")
+        return checked(run, data)
 
     def load(self, config: Config, data: Dataset | None = None) -> Run | None:
         "The finished run of `config`, or None; ValueError if it has seen other images than those at hand, or `data`"
-        found = self.find(config)
-        if found is None: return None
-        if (run := Run.load(found)).config not in _as_trained(config):
-            raise ValueError(f"folder: {found} holds the run with hash {run.config.hash}; give it back its name")
-        return checked(run, data)
+        runs = (unless_damaged(self._read, folder, config, data) for folder in self._finished(config))
+        return next(filter(None, runs), None)
 
     def train(self, config: Config, data: Dataset | None = None, **kwargs) -> Run:
         "Train unless the run is finished; while another process has the run, wait for it"
@@ -69,7 +78,7 @@ class Store:
         "The checkpoint of the longest finished run that is the same but for `epochs`, if `config` can go on from it"
         if config.schedule != "constant": return None
         found = {}  # epochs -> checkpoint
-        for folder in Path(self.root).glob("*/"):
+        for folder in self.root.glob("*/"):
             path = RunFiles(folder).checkpoint
             if not path.exists() or not is_finished(folder): continue
             try: other = whose(folder)
@@ -89,8 +98,9 @@ class Store:
         "Epochs that are on disk; more than a checkpoint may hold, so for displays only: damage counts as nothing"
         try:
             if self.find(config): return config.epochs
-            return max((row["epoch"] for row in read_lines(RunFiles(self.folder(config)).metrics)), default=0)
-        except (ValueError, KeyError, TypeError): return 0
+            epochs = [row.get("epoch") for row in read_lines(RunFiles(self.folder(config)).metrics)]
+        except ValueError: return 0
+        return max((int(epoch) for epoch in epochs if epoch in range(config.epochs + 1)), default=0)
 
     def saved_epochs(self, config: Config) -> int:
         "Epochs after which a run that was interrupted goes on"
@@ -101,13 +111,14 @@ class Store:
         "Copy the small files of a finished run into an archive"
         found = self.find(config)
         if found is None: raise ValueError(f"config: no finished run of {config.label!r} under {self.root}")
-        return copy_small(found, Path(archive))
+        return copy_small(found, user_path(archive, "archive"))
 
 # %% ../nbs/14_runs.ipynb #d53a0a7b
 def copy_small(folder: Path, archive: Path) -> Path: # the folder of the copy
     "Copy the small files of a run into a folder of the same name in an archive"
     target, files = archive/folder.name, RunFiles(folder)
-    check_files(read_record(folder), *(path for path in (files.metrics, files.steps) if path.exists()))
+    if record := read_record(folder): recorded_config(folder, record)
+    check_files(record, *(path for path in (files.metrics, files.steps) if path.exists()))
     target.mkdir(parents=True, exist_ok=True)
     for path in files.kept:
         if path.exists() and folder != target: shutil.copyfile(path, target/path.name)
@@ -150,8 +161,8 @@ class Budget:
     @classmethod
     def of(cls, seconds: float | None) -> "Budget":
         "A budget that begins now"
-        if seconds is not None and not seconds >= 0: raise ValueError(f"budget_s: {seconds}; allowed: at least 0")
-        return cls(None if seconds is None else time.monotonic() + seconds)
+        check_budget(seconds, "budget_s")
+        return cls(None if seconds is None else time.monotonic() + float(seconds))
 
     def spent(self) -> bool:
         "Is it time to pause?"
