@@ -44,7 +44,8 @@ def ticket_file(store: Store, config: Config) -> Path:
 def failures(configs: Iterable[Config], store: Store) -> dict[Config, str]: # -> last line of the traceback
     "The runs that failed and have not been finished since"
     failed = {c: failure_file(store, c) for c in configs if store.find(c) is None}
-    return {c: path.read_text(errors="replace").strip().splitlines()[-1] for c, path in failed.items() if path.exists()}
+    said = {c: path.read_text(errors="replace").strip() for c, path in failed.items() if path.exists()}
+    return {c: text.splitlines()[-1] if text else "no word" for c, text in said.items()}
 
 # %% ../nbs/16_jobs.ipynb #1c33a0f0
 def note_failure(store: Store, config: Config, said: str) -> None:
@@ -142,7 +143,12 @@ def _earlier_job(ours: TrainJob): # None: there is none that is alive
     "submitit's job of a run that an earlier call has queued"
     ticket = ticket_file(ours.store, ours.config)
     if not ticket.exists(): return None
-    job = import_submitit().SlurmJob(jobs_folder(ours.store), json.loads(ticket.read_text()))
+    try: number = json.loads(ticket.read_text())
+    except ValueError: number = None
+    if not isinstance(number, str):
+        raise ValueError(f"{ticket}: damaged, it names no job of Slurm; end the job of that run, if squeue shows one, "
+                         "and delete the file")
+    job = import_submitit().SlurmJob(jobs_folder(ours.store), number)
     return job if _slurm_state(job) in _ALIVE else None
 
 # %% ../nbs/16_jobs.ipynb #62d1241b
@@ -241,12 +247,12 @@ def run_jobs(configs: list[Config], # runs that are wanted
              tick: Callable[[Jobs], None] | None = None, # called about once a second
 ) -> list[Run]: # the finished runs, in the order of `configs`
     "Train what is not finished yet, each run as a job"
-    engine = as_engine(engine)
+    engine, budget = as_engine(engine), Budget.of(budget_s)
     if budget_s is not None and engine.kind == "slurm":
         raise ValueError(f"budget_s: {budget_s:g} on Slurm, where jobs go on without us; allowed: None")
     if retry:
         for config in configs: failure_file(store, config).unlink(missing_ok=True)
-    jobs = Jobs(configs, store, engine, Budget.of(budget_s))
+    jobs = Jobs(configs, store, engine, budget)
     with terminable(), jobs.closing:
         try:
             while True:
