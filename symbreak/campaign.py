@@ -34,6 +34,7 @@ from .progress import Progress, is_installed
 from .records import write_json
 from .results import collect, everywhere, is_complete, reproduce
 from .runs import Store, default_store, execute, longest_first
+from .values import check_budget
 
 # %% ../nbs/33_campaign.ipynb #ebf63bdd
 class Background:
@@ -230,8 +231,7 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
 ) -> dict[str, DataFrame]: # figure -> its tidy data, as `reproduce` returns it
     "Train and measure what is missing, draw every figure that is complete; the same call goes on"
     if workers is not None and workers < 1: raise ValueError(f"workers: {workers}; allowed: at least 1")
-    if budget_min is not None and not budget_min >= 0:
-        raise ValueError(f"budget_min: {budget_min}; allowed: at least 0")
+    check_budget(budget_min, "budget_min")
     if budget_min is not None and engine is not None and engine.kind == "slurm":
         raise ValueError(f"budget_min: {budget_min} on Slurm, where jobs go on without us; allowed: None")
     profile = variant(profile, changes or {})
@@ -241,7 +241,7 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
     user_path("~", "HOME")  # Jupyter does not start without one
     root = default_store().root if runs is None else user_path(runs, "runs")
     with _environment("SYMBREAK_RUNS", str(root.absolute())):
-        deadline = None if budget_min is None else time.monotonic() + 60 * budget_min
+        deadline = None if budget_min is None else time.monotonic() + 60 * float(budget_min)
         out = None if out is None else user_path(out, "out")
         campaign = Campaign(requests, default_store(), out, workers, deadline, engine)
         if not all(is_complete(request, campaign.store) for request in requests.values()):
