@@ -16,7 +16,7 @@ from itertools import product
 import pandas as pd
 
 from .config import Config, resolve_device
-from .data import canonical
+from .data import canonical, check_source
 from .growth import growth_rate
 from .operations import LARGE_MAPS, PARTS, SMALL_MAPS
 from .outcome import Run, learned
@@ -164,7 +164,9 @@ class Request:
                              f"allowed there: {', '.join(names)}")
         if profile.of: check_varies(self.name, profile)
         resolve_device(self.device)
-        if self.data is not None: object.__setattr__(self, "data", canonical(self.data))
+        if self.data is None: return
+        check_source(self.data)
+        object.__setattr__(self, "data", canonical(self.data))
 
     @property
     def experiment(self) -> Experiment: return EXPERIMENTS[self.name]

@@ -256,6 +256,10 @@ def test_images_of_a_caller_are_not_those_of_the_configuration(tmp_path):
         with pytest.raises(ValueError, match="has seen other images than 'digits' has now"): ask()
 
 
-def test_two_spellings_of_a_folder_are_one_run():
+def test_two_spellings_of_a_folder_are_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config(data="folder:~/x").hash == Config(data=f"folder:{tmp_path}/x").hash
+    assert Config(data="folder:/y/../x").hash == Config(data="folder:/x").hash == "e7c9c13add6d"
+    assert Config(data="folder:cifar10-jpeg").hash == "e43090f408e5"
     assert Config(data="folder:/x//y/").hash == Config(data="folder:/x/y").hash != Config(data="folder:/x/z").hash
     assert Request("fig04", data="folder:/x/") == Request("fig04", data="folder:/x")
