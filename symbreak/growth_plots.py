@@ -8,6 +8,7 @@ __all__ = ['FLOORS', 'growth', 'break_ladder', 'rates', 'strings_growth']
 # %% ../nbs/30a_growth_plots.ipynb #353ecc7f
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from .drawing import COLOURS, legend_right, spread
@@ -22,14 +23,16 @@ def growth(table: pd.DataFrame, # histories with columns source, noise
            ax: Axes) -> Axes:
     "fig09, left: asymmetry against epoch for each size of noise"
     ladder = table[table.source.isin(("all features", "three copies"))]
-    for colour, (eps, rows) in zip(COLOURS, sorted(ladder.groupby("noise"), reverse=True)):
+    steps = sorted(ladder.groupby("noise"), reverse=True)
+    for colour, (eps, rows) in zip(colormaps["viridis"](np.linspace(0, 0.9, len(steps))), steps):
         points, line = (_logs(rows[rows.source == source]) for source in ("all features", "three copies"))
         ax.plot(points.epoch, points.asymmetry, "o", color=colour, markersize=3, label=f"{eps:g}")
         ax.plot(line.epoch, line.asymmetry, color=colour)
     ax.axhline(0.1, color="0.5", linewidth=0.8, linestyle=":")
     ax.annotate("broken", (0, 0.1), va="bottom", color="0.4", fontsize=8)
     ax.set(xlabel="epoch", ylabel="asymmetry of the weights", yscale="log")
-    ax.legend(title="noise at the start\n(dots measured,\nlines foretold)", loc="lower right", alignment="left")
+    ax.legend(title="noise at the start\n(dots measured,\nlines foretold)", loc="lower right", alignment="left",
+              ncols=1 + (len(steps) > 5))
     return ax
 
 # %% ../nbs/30a_growth_plots.ipynb #3001d3c2
@@ -46,7 +49,9 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.plot(line.noise, line["mean"], color=COLOURS[1], label="three copies")
     ax.fill_between(line.noise, line.low, line.high, color=COLOURS[1], alpha=0.15, linewidth=0)
     for colour, (source, rows) in zip(COLOURS[2:], sources.items()):
-        ax.plot(noise_like(rows, ladder), break_times(rows), "*", color=colour, markersize=9, label=source)
+        like = noise_like(rows, ladder)
+        label = source + " (beyond the ladder)" * like.isna().all()
+        ax.plot(like, break_times(rows), "*", color=colour, markersize=9, label=label)
     for name, floor in FLOORS.items():
         ax.axvline(floor, color="0.5", linewidth=0.8, linestyle=":")
         ax.annotate(f" {name}", (floor, 0.98), xycoords=("data", "axes fraction"), va="top", color="0.4", fontsize=8)
