@@ -31,8 +31,8 @@ def growth(table: pd.DataFrame, # histories with columns source, noise
     ax.axhline(0.1, color="0.5", linewidth=0.8, linestyle=":")
     ax.annotate("broken", (0, 0.1), va="bottom", color="0.4", fontsize=8)
     ax.set(xlabel="epoch", ylabel="asymmetry of the weights", yscale="log")
-    ax.legend(title="noise at the start\n(dots measured,\nlines foretold)", loc="lower right", alignment="left",
-              ncols=1 + (len(steps) > 5))
+    many = dict(ncols=2, fontsize=7, title_fontsize=7, columnspacing=1, handletextpad=0) if len(steps) > 5 else {}
+    ax.legend(title="noise at the start\n(dots measured,\nlines foretold)", loc="lower right", alignment="left", **many)
     return ax
 
 # %% ../nbs/30a_growth_plots.ipynb #3001d3c2
