@@ -74,6 +74,17 @@ def test_bad_arguments(capsys, tmp_path, monkeypatch, argv, named):
     assert named in fails(capsys, *argv)
 
 
+@pytest.mark.parametrize("verb, said", [("train", "; the same command goes on after the last whole epoch"),
+                                        ("sweep", "; the same command goes on after the last whole epoch"),
+                                        ("reproduce", "; the same command goes on after the last whole epoch"),
+                                        ("probe", ""), ("check", ""), ("report", ""), ("plan", ""), ("list", "")])
+def test_sigterm_is_heard_while_a_verb_is_imported(verb, said):
+    code = ("import signal, sys; from symbreak import cli; "
+            "cli.VERBS[sys.argv[1]] = lambda: signal.raise_signal(signal.SIGTERM); sys.exit(cli.main())")
+    done = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"symbreak: interrupted{said}\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu(capsys):
     assert "device: 'cuda', but torch sees 0 CUDA devices" in fails(capsys, "train", "--device", "cuda")
