@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .files import advice, locked, own_checkout, refusal, temporary_folder, user_path
+from .pictures import RULES, picture
 
 # %% ../nbs/10_cache.ipynb #aebbfa12
 class DataError(OSError):
@@ -136,24 +137,9 @@ def _listing(root):
     return train, test
 
 # %% ../nbs/10_cache.ipynb #94b0b64b
-def _losses(image):
-    "What would be lost of an image, opened but not yet decoded, by reading it as 8-bit RGB"
-    deep = any(";16" in str(args) or (codec == "ppm" and args[-1] > 255) for codec, _, _, args in image.tile)
-    if deep or image.mode[0] in "IF": yield f"mode {image.mode!r}, more than 8 bits per channel"
-    elif image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
-        yield f"mode {image.mode!r}; allowed: black and white, grey, palette, RGB"
-    elif (frames := getattr(image, "n_frames", 1)) > 1: yield f"{frames} frames; allowed: one"
-    elif "A" in image.mode or "transparency" in image.info:
-        if image.convert("RGBA").getextrema()[3][0] < 255: yield "transparent pixels; put it on a background"
-
 def _image(path):
     "One image as (3, height, width) bytes"
-    from PIL import ExifTags, Image, ImageOps
-    try:
-        with Image.open(path) as image:
-            for loss in _losses(image): raise ValueError(loss)
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1: image = ImageOps.exif_transpose(image)
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    try: return picture(path)
     except Exception as e:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged files
         raise DataError(f"{path}: not a readable 8-bit image ({e}); remove or repair it") from e
 
@@ -180,8 +166,6 @@ def _decode(files, progress, chunk=256):
     return torch.from_numpy(out)
 
 # %% ../nbs/10_cache.ipynb #223d6f2c
-_RULES = "2: orientation applied, no transparency"  # how `_image` reads; another text, and all is decoded again
-
 def _fingerprint(files):
     "sha256 of relative path, size, times of the last changes and number of every file"
     try: found = [(path, path.stat()) for path in files]
@@ -190,7 +174,7 @@ def _fingerprint(files):
     odd = next((path for path, s in found if not stat.S_ISREG(s.st_mode)), None)  # a pipe can be waited for, for ever
     if odd: raise DataError(f"{odd}: not a file; remove it")
     stats = [(*path.parts[-3:], s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in found]
-    return hashlib.sha256(repr((_RULES, stats)).encode()).hexdigest()
+    return hashlib.sha256(repr((RULES, stats)).encode()).hexdigest()
 
 # %% ../nbs/10_cache.ipynb #bb3735e9
 def _files(splits): return [path for split in splits for paths in split.values() for path in paths]
@@ -212,7 +196,7 @@ def folder_images(root: Path, # the folder: train/<class>/<image> and test/<clas
         labels = [_labels(split) for split in splits]
         images = _decode(files, progress).split([len(l) for l in labels])
         return dict(zip(TENSORS, (images[0], labels[0], images[1], labels[1])))
-    name = f"{root.name}-{hashlib.sha256(f'{_RULES} {root}'.encode()).hexdigest()[:12]}.pt"
+    name = f"{root.name}-{hashlib.sha256(f'{RULES} {root}'.encode()).hexdigest()[:12]}.pt"
     return cached(cache / name, _fingerprint(files), build) | dict(classes=tuple(splits[0]))
 
 # %% ../nbs/10_cache.ipynb #4852faa3

@@ -1,5 +1,7 @@
 "What does not fit in the notebook's example cells: subprocesses, broken files, archives, caching, many processes"
+import base64
 import gzip
+import io
 import os
 import pickle
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import symbreak.cache
 from symbreak.cache import import_torchvision
@@ -371,12 +373,51 @@ def png16(channels, kind):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("content", [png16(1, 0), png16(3, 2), png16(2, 4), png16(4, 6),
-                                     b"P6 8 8 65535\n" + bytes(384), b"P5 8 8 1000\n" + bytes(128)])
+def sgi(compression, size):
+    "An SGI file of 8x8 pixels and numbers of so many bytes"
+    return struct.pack(">H2B4H", 474, compression, size, 3, 8, 8, 3).ljust(512 + 192 * size, b"\0")
+
+
+def dds(flags, kind=b"", bits=0, masks=(0,) * 4, more=b""):
+    "A DDS file of 8x8 pixels"
+    return b"DDS " + struct.pack("<7I44x2I4s5I20x", 124, 0x1007, 8, 8, 0, 0, 0, 32, flags, kind, bits, *masks) + more
+
+
+AVIF10 = """c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xy^zOdYzkElE?r7iWw<6MNl?FL1uCZ0~+8f$SlbPvlxL`E;A=T8N_h`@fjhajKV-#35Yc^GxO
+5mYNddjR3<1dvCP2GIX@>KY*$uhK~Vva_RcIw&Ii&WnZ*UEQ2RKbSfC)YA`>LQ%*Dk8q<9j`44oSl96&<C$@w`&dC55y3`{`C&;S$?&n(D=`3dMS7DlFK79
+dkAHzlz|h=Gg4f@A-4CMJdnMj`@0Vg4U|alArLyL$eeuzbq@;{X7;ayRe"""  # of 8x8 pixels
+
+
+def encoded(kind, bits, feature):
+    "A file of 8x8 pixels and so many bits per channel"
+    if not features.check(feature): pytest.skip(f"this Pillow has no {kind}")
+    if (kind, bits) == ("AVIF", 10): return zlib.decompress(base64.b85decode(AVIF10.replace("\n", "")))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(file := io.BytesIO(), kind)
+    return file.getvalue().replace(b"\0\3" + bytes([7, 1, 1]) * 3, b"\0\3" + bytes([bits - 1, 1, 1]) * 3)
+
+
+@pytest.mark.parametrize("content", [
+    png16(1, 0), png16(3, 2), png16(2, 4), png16(4, 6), b"P6 8 8 65535\n" + bytes(384), b"P5 8 8 1000\n" + bytes(128),
+    b"P3 8 8 65535\n" + b"0 " * 192, b"P2 8 8 1000\n" + b"0 " * 64,
+    sgi(0, 2), sgi(1, 2),
+    dds(4, b"DX10", more=struct.pack("<5I", 95, 3, 0, 1, 0)), dds(0x40, b"", 32, (0x3ff00000, 0xffc00, 0x3ff, 0)),
+    ("JPEG2000", 12, "jpg_2000"), ("AVIF", 10, "avif")])
 def test_more_than_8_bits_are_refused_in_every_format(tmp_path, content):
     root = write_folder(tmp_path / "a")
-    (root / "train" / "cat" / "0.png").write_bytes(content)
+    (root / "train" / "cat" / "0.png").write_bytes(encoded(*content) if isinstance(content, tuple) else content)
     refuses("cat/0.png: not a readable 8-bit image .*more than 8 bits per channel", root, tmp_path / "cache")
+
+
+BMP565 = b"BM" + struct.pack("<6I2H9I128x", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xf800, 0x7e0, 0x1f)
+
+
+@pytest.mark.parametrize("content", [
+    BMP565, b"P3 8 8 255\n" + b"0 " * 192, b"P1 8 8\n" + b"0 " * 64, b"P6 8 8 100\n" + bytes(192),
+    sgi(0, 1), dds(0x40, b"", 24, (0xff0000, 0xff00, 0xff, 0), bytes(192)),
+    ("JPEG2000", 8, "jpg_2000"), ("AVIF", 8, "avif")])
+def test_8_bits_are_read_in_every_format(tmp_path, content):
+    (tmp_path / "a").write_bytes(encoded(*content) if isinstance(content, tuple) else content)
+    assert symbreak.cache._image(tmp_path / "a").shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("mode, transparency, says", [
