@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/01_init.ipynb #26cb8f0f
-def check_tensor(name: str, value) -> None: # name: what an error calls it
+def check_tensor(name: str, # of the argument
+                 value, # what was given for it
+                 allowed: str = "a torch.Tensor", # in words
+) -> None:
     "ValueError for what is no tensor, such as the module that holds it"
-    if not isinstance(value, Tensor): raise ValueError(f"{name}: {type(value).__name__}; allowed: a torch.Tensor")
+    if not isinstance(value, Tensor): raise ValueError(f"{name}: {type(value).__name__}; allowed: {allowed}")
 
 def _outputs(weight: Tensor, groups: int) -> int:
     "Output channels of each group of a weight; ValueError if it is none"
+    check_tensor("weight", weight, "a torch.Tensor, as module.weight, with groups=module.groups of a convolution")
+    if weight.layout != torch.strided: raise ValueError(f"weight: {weight.layout}; allowed: torch.strided")
     if weight.dim() not in (2, 4) or not weight.numel():
         raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: 2-d (linear) or 4-d (convolution), not empty")
     if not weight.is_floating_point() or weight.element_size() == 1:
