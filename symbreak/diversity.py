@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .init import check_tensor, choose
+from .init import choose, plain
 from .nets import (ConstNet, DeltaOrthogonalNet, LeakyNet, UniqueFeatureMLP, WeightLayer, WideResNet,
                            layer_outputs, weight_layers)
 from .propagation import double, evaluating, unit_rows_
 
 # %% ../nbs/04_diversity.ipynb #44512a7c
-def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 dimension, any dtype, no NaN
+def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 dimension, any dtype of numbers, no NaN
                       dim: int = 0, # axis that runs over the features: 0 for a weight, 1 for activations
                       atol: float = 0., # >= 0; 0 compares exactly, else the largest distance (max norm) within a group
 ) -> int: # number of groups of equal features, 1 <= it <= size of `dim`
     "Number of different slices along `dim`; with `atol > 0`, of groups gathered greedily around their first member"
-    check_tensor("weight_or_activation", weight_or_activation)
-    x = weight_or_activation.detach()
+    x = plain("weight_or_activation", weight_or_activation)
     if not x.numel() or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim: {dim} of shape {tuple(x.shape)}; allowed: an axis of a tensor that is not empty")
     if not atol >= 0: raise ValueError(f"atol: {atol!r}; allowed: >= 0")
+    if atol > 1e308: atol = math.inf  # a whole number may be too large for a float
     count = int(_different(rows := _rows(x, dim)))
     if count == _NAN: raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
     return _groups(rows, atol) if atol else _settled(count, rows)
@@ -119,7 +119,7 @@ def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
     "Mean Pearson correlation over pairs of a layer's weight vectors (the paper's forward and backward correlation)"
     choose("over", over, ("forward", "backward", "kernel"))
     choose("constant", constant, ("one", "nan", "drop"))
-    check_tensor("weight", weight)
+    weight = plain("weight", weight)
     if weight.dim() < 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in) or (out, in, kh, kw)")
     _check_floats("weight", weight)
@@ -228,7 +228,7 @@ def effective_width(activations: Tensor, # (n, c, h, w), (n, c), (n, tokens, c) 
                     dim: int = 1, # axis that runs over the c features; every other runs over samples
 ) -> float: # 1 <= it <= c; 0 if no channel varies; NaN if the activations hold one
     "Participation ratio of the channel covariance"
-    check_tensor("activations", activations)
+    activations = plain("activations", activations)
     if activations.dim() < 2:
         raise ValueError(f"activations: shape {tuple(activations.shape)}; allowed: (n, c) or (n, c, h, w)")
     if not -activations.dim() <= dim < activations.dim():

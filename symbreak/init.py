@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'check_tensor', 'check_number', 'averaging_', 'identity_', 'he_', 'leaky_normal_', 'delta_orthogonal_',
-           'choose', 'parse_init']
+           'choose', 'plain', 'parse_init']
 
 # %% ../nbs/01_init.ipynb #96f00aa1
 import math
@@ -132,6 +132,23 @@ def choose(name: str, # of the argument
     "Raise a ValueError unless `value` is one of `allowed`"
     if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed: {', '.join(allowed)}")
     return value
+
+# %% ../nbs/01_init.ipynb #3fd0a7c2
+def _no_numbers(x: Tensor) -> str | None:
+    "Why there are no numbers in a tensor, if so"
+    if x.is_nested: return "nested"
+    if x.is_meta: return "on meta"
+    try: torch.empty(1, dtype=x.dtype).to(torch.complex128)
+    except RuntimeError: return str(x.dtype)
+
+def plain(name: str, # of the argument
+          value: Tensor, # what was given for it
+) -> Tensor: # with the same numbers, detached
+    "An ordinary tensor in place of one of any layout and dtype; ValueError if there are no numbers in it"
+    check_tensor(name, value)
+    x = value.detach().dequantize() if value.is_quantized else value.detach()
+    if why := _no_numbers(x): raise ValueError(f"{name}: {why}; allowed: a tensor whose numbers torch can convert")
+    return x if x.layout == torch.strided else x.to_dense()
 
 # %% ../nbs/01_init.ipynb #f4a0c8de
 LETTERS = {"i": "identity", "1": "averaging", "h": "random"}

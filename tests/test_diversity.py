@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symbreak import diversity
-from symbreak.diversity import distinct_features, measure
+from symbreak.diversity import distinct_features, effective_width, measure, weight_correlation
 from symbreak.nets import ConstNet
 
 
@@ -37,6 +37,37 @@ def test_collisions_do_not_hide_a_row(colliding):
 def test_any_dtype(dtype):
     rows = torch.tensor([[0, 1], [1, 0], [0, 1]]).to(dtype)
     assert distinct_features(rows) == distinct_features(rows.T, dim=1) == distinct_features(rows[:2, 0]) == 2
+
+
+@pytest.mark.parametrize("dtype", {d for d in vars(torch).values() if isinstance(d, torch.dtype)}, ids=str)
+@pytest.mark.parametrize("atol", [0., 0.1])
+@pytest.mark.filterwarnings("ignore")
+def test_every_dtype_of_torch_is_counted_or_refused_by_name(dtype, atol):
+    names = ("quint8", "qint8", "qint32", "quint4x2", "quint2x4")
+    if str(dtype).removeprefix("torch.") in names:
+        rows = torch.quantize_per_tensor(torch.tensor([[0., 1.], [1., 0.], [0., 1.]]), 0.5, 0, dtype)
+    else: rows = torch.zeros(24 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(3, -1)
+    try: assert distinct_features(rows, atol=atol) == (2 if rows.is_quantized else 1)
+    except ValueError as e: assert str(e).startswith(f"weight_or_activation: {dtype}; allowed: ")
+    else: return
+    with pytest.raises(NotImplementedError): rows.double()
+
+
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_sparse_csc", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore")
+def test_every_layout_is_counted(kind):
+    rows = torch.tensor([[0., 1.], [1., 0.], [0., 1.]])
+    assert distinct_features(getattr(rows, kind)()) == 2
+    assert distinct_features(getattr(rows, kind)(), dim=1, atol=2.) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_without_numbers_of_one_shape_is_refused_by_name():
+    for x, said in ((torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+                    (torch.ones(3, 2, device="meta"), "on meta")):
+        with pytest.raises(ValueError, match=f"weight_or_activation: {said}; allowed: "): distinct_features(x)
+        with pytest.raises(ValueError, match=f"weight: {said}; allowed: "): weight_correlation(x)
+        with pytest.raises(ValueError, match=f"activations: {said}; allowed: "): effective_width(x)
 
 
 class Waits(TorchDispatchMode):
