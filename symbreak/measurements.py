@@ -30,6 +30,7 @@ from .cache import AbsentError
 from .config import Config, resolve_device
 from .data import Dataset
 from .experiments import CPU_DTYPES, LEFT_OUT, Request
+from .files import unless_damaged
 from .hardware import dtypes_of, probe
 from .images import at_hand, images, seen
 from .operations import SMALL_MAPS, Operation, parts
@@ -187,6 +188,9 @@ def _unchecked(request: Request, kept: dict) -> list[str] | None: # labels of im
     if "seen" not in kept: return labels
     return [] if kept["seen"] == now else None
 
+def _read(path: Path) -> dict:
+    return read_sealed(path, f"restore it, or move it out of {path.parent} to measure again", ("provenance", "rows"))
+
 def _table(request: Request, kept: dict) -> pd.DataFrame | None: # None if it has seen other images
     unchecked, table = _unchecked(request, kept), pd.DataFrame(kept["rows"])
     table.attrs.update(experiment=request.name, provenance=kept["provenance"], missing=0, unchecked=unchecked)
@@ -195,16 +199,17 @@ def _table(request: Request, kept: dict) -> pd.DataFrame | None: # None if it ha
 # %% ../nbs/22_measurements.ipynb #968b369a
 def kept_measurement(request: Request, store: Store) -> pd.DataFrame | None:
     "A measurement of this very library on the images at hand, if the store has one"
-    try: kept = read_sealed(_path(request, store), "")
-    except (OSError, ValueError): return None  # not there, or damaged: it is measured again
+    if not (path := _path(request, store)).exists(): return None
+    try: kept = unless_damaged(_read, path) or {}
+    except (OSError, ValueError): return None  # it is measured again
     return _table(request, kept) if kept.get("source") == source_digest(SHOWING) else None
 
 def archived_measurement(request: Request, store: Store) -> pd.DataFrame | None:
     "A measurement that was committed, of whatever version its provenance says, unless its images were others"
     pattern = _file_name(request, "*" if request.device == "auto" else request.device)
     found = [path for archive in store.archives for path in sorted((Path(archive)/"measured").glob(pattern))]
-    if not found: return None
-    return _table(request, read_sealed(found[0], f"restore it, or move it out of {found[0].parent}"))
+    kept = next(filter(None, (unless_damaged(_read, path) for path in found)), None)
+    return None if kept is None else _table(request, kept)
 
 # %% ../nbs/22_measurements.ipynb #3c6e6b6c
 @contextmanager
