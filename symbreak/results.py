@@ -15,6 +15,7 @@ import pandas as pd
 from .config import Config
 from .data import DataError
 from .experiments import Request, offered, plan
+from .files import unless_damaged, user_path
 from .images import one_look
 from .measurements import archived_measurement, kept_measurement, take_measurement
 from .outcome import Run
@@ -67,7 +68,8 @@ def _collect(request: Request, store: Store) -> pd.DataFrame:
     planned = plan(request)
     if planned:
         with one_look(): runs = {p.config: run for p in planned if (run := store.load(p.config)) is not None}
-        return _run_table(request, planned, runs)
+        table = unless_damaged(_run_table, request, planned, runs)
+        return _run_table(request, planned, {}) if table is None else table
     table = kept_measurement(request, store)
     if table is None: table = archived_measurement(request, store)
     if table is None:
@@ -158,7 +160,7 @@ def archive(profile: str, # such as "cifar"
             store: Store | None = None, # where runs live; None: default_store()
 ) -> int: # runs and measurements that the folder now holds for this profile
     "Copy the small files of all finished runs and measurements of a profile"
-    store, folder = store or default_store(), Path(folder)
+    store, folder = store or default_store(), user_path(folder, "folder")
     planned = {p.config for name in offered(profile) for p in plan(Request(name, profile))}
     finished = [config for config in planned if store.find(config)]
     for config in finished: store.archive(config, folder)

@@ -36,6 +36,11 @@ def _as_trained(config: Config) -> list[Config]:
     if config.device != "auto": return [config]
     return [config, *(replace(config, device=device) for device in ("cuda", "cpu"))]
 
+def _load_own(folder: Path, config: Config) -> Run:
+    "The run of a folder, if it answers for `config`"
+    if (run := Run.load(folder)).config in _as_trained(config): return run
+    raise ValueError(f"folder: {folder} holds the run with hash {run.config.hash}; give it back its name")
+
 # %% ../nbs/14_runs.ipynb #2ec0ecbc
 @dataclass(frozen=True)
 class Store:
@@ -59,15 +64,15 @@ class Store:
         "The folder of the finished run of `config`, wherever it is; device `auto` accepts a run of any device"
         return next(self._finished(config), None)
 
-    def _read(self, folder: Path, config: Config, data: Dataset | None) -> Run:
-        if (run := Run.load(folder)).config not in _as_trained(config):
-            raise ValueError(f"folder: {folder} holds the run with hash {run.config.hash}; give it back its name")
-        return checked(run, data)
+    def read(self, config: Config) -> Run | None:
+        "The finished run of `config`, whichever images it has seen, or None"
+        runs = (unless_damaged(_load_own, folder, config) for folder in self._finished(config))
+        return next(filter(None, runs), None)
 
     def load(self, config: Config, data: Dataset | None = None) -> Run | None:
         "The finished run of `config`, or None; ValueError if it has seen other images than those at hand, or `data`"
-        runs = (unless_damaged(self._read, folder, config, data) for folder in self._finished(config))
-        return next(filter(None, runs), None)
+        run = self.read(config)
+        return None if run is None else unless_damaged(checked, run, data)
 
     def train(self, config: Config, data: Dataset | None = None, **kwargs) -> Run:
         "Train unless the run is finished; while another process has the run, wait for it"

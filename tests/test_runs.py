@@ -19,6 +19,7 @@ from symbreak.experiments import Request
 from symbreak.files import home, locked, own_checkout
 from symbreak.outcome import Run
 from symbreak.records import RunFiles, read_checkpoint, read_lines
+from symbreak.results import archive
 from symbreak.runs import Store, default_store, execute
 from symbreak.train import train
 
@@ -214,6 +215,20 @@ def test_an_installed_library_refuses_the_notebooks_of_another_version(tmp_path,
     differs(tmp_path / "symbreak")
     with pytest.raises(ValueError, match=f"in the checkout {re.escape(str(tmp_path))}, but .*, another version; "):
         home()
+
+
+def test_a_store_and_an_archive_are_where_people_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    config, store = replace(TINY, epochs=1), Store("~/mine", archives=["~/old"])
+    assert [run.config for run in execute([config], store, 1)] == [config]
+    assert Run.load(f"~/mine/{config.hash}").config == config
+    (store.root / "measured").mkdir()
+    (store.root / "measured" / "fig02-quick-cpu.json").touch()
+    assert archive("quick", "~/kept", store) == 1 and store.archive(config, "~/old") == store.archives[0] / config.hash
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"mine", "kept", "old"}
+    assert not list((tmp_path / "cwd").iterdir())
 
 
 # no answer from other images
