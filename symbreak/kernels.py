@@ -57,8 +57,9 @@ def execute_notebook(notebook: Path, # stays as it is
                      tolerated: str = "", # name of the one exception at which a notebook may end
 ) -> str: # where it ended with that; empty: at its end
     "Execute with parameters; the result appears under its name only when it is whole"
-    import nbformat, papermill
-    tags = {tag for cell in nbformat.read(notebook, 4).cells for tag in cell.metadata.get("tags", ())}
+    import papermill
+    from symbreak.pages import read_notebook
+    tags = {tag for cell in read_notebook(notebook).cells for tag in cell.metadata.get("tags", ())}
     if "parameters" not in tags:  # its own values would win
         raise ValueError(f"notebook: {notebook.name} has no cell tagged `parameters`; allowed: one that takes what it "
                          "is given")

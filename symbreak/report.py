@@ -7,7 +7,6 @@ __all__ = ['KINDS', 'verdicts', 'Stated', 'by_claim', 'headline_table', 'devices
            'picture', 'Section', 'count', 'report_page', 'find_notebooks', 'write_report']
 
 # %% ../nbs/32_report.ipynb #c8d52452
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,11 @@ from nbformat import NotebookNode
 
 from .claims import verdicts as judged
 from .experiments import EXPERIMENTS
-from .figures import figure_files, notebook_paths, small_print
-from .files import home
+from .figures import DRAW_AGAIN, figure_files, notebook_paths, read_source, small_print
+from .files import home, unless_damaged, user_path
 from .headlines import HEADLINES
-from .pages import asset, differences, headline, markdown, notebook_page, page, portable, templates
+from .pages import (asset, differences, headline, markdown, notebook_page, page, portable, read_notebook,
+                            templates)
 from .profiles import PROFILES
 from .records import write_atomic
 from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
@@ -78,13 +78,19 @@ def devices(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment 
 # %% ../nbs/32_report.ipynb #74af164f
 KINDS = {"csv": "data (CSV)", "png": "picture (PNG)", "svg": "picture (SVG)", "ipynb": "notebook (ipynb)"}
 
+def _is_there(path: Path) -> bool:
+    if not path.exists(): return False
+    if path.stat().st_size == 0: raise ValueError(f"{path}: damaged, it is empty; {DRAW_AGAIN}")
+    if path.suffix == ".ipynb": read_notebook(path, DRAW_AGAIN)
+    return True
+
 def files_there(name: str, # experiment
                 profile: str,
                 figures: Path, # with a folder per profile, as `symbreak reproduce` writes
 ) -> dict[str, Path]: # kind -> path, in the order of KINDS
-    "The files of a figure that are there"
+    "The files of a figure that are there; ValueError for one that is damaged"
     paths = {kind: figure_files(name, profile, figures).path(kind) for kind in KINDS}
-    return {kind: path for kind, path in paths.items() if path.exists()}
+    return {kind: path for kind, path in paths.items() if unless_damaged(_is_there, path)}
 
 # %% ../nbs/32_report.ipynb #7edb80e8
 @dataclass(frozen=True)
@@ -103,11 +109,8 @@ class Picture:
 def drawn_from(name: str, profile: str, figures: Path) -> pd.DataFrame | None:
     "Where a picture comes from, as noted beside it, in the attrs of a table without rows; None if there is no picture"
     files = figure_files(name, profile, figures)
-    facts = files.path("json")
-    if not (facts.exists() and files.path("png").exists()): return None
-    table = pd.DataFrame()
-    table.attrs.update(json.loads(facts.read_text()))
-    return table
+    if not (files.path("json").exists() and unless_damaged(_is_there, files.path("png"))): return None
+    return unless_damaged(read_source, files.path("json"))
 
 # %% ../nbs/32_report.ipynb #2eadfae8
 def picture(name: str, # experiment
@@ -181,11 +184,11 @@ def report_page(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experim
 def find_notebooks(folder: Path | None = None, # with figNN_*.ipynb; None: nbs/figures of the checkout
 ) -> dict[str, NotebookNode]: # experiment -> notebook
     "The committed figure notebooks"
-    found = {name: nbformat.read(path, 4) for name, path in notebook_paths(folder).items()}
+    found = {name: unless_damaged(read_notebook, path) for name, path in notebook_paths(folder).items()}
     if not found:
         raise ValueError(f"report: no figure notebooks in {folder or home()/'nbs'/'figures'}; write the report in a "
                          "clone of the repository (the installed package has no notebooks)")
-    return found
+    return {name: notebook for name, notebook in found.items() if notebook is not None}
 
 # %% ../nbs/32_report.ipynb #4fd970b9
 def _write(path: Path, content: bytes) -> None:
@@ -197,7 +200,7 @@ def _write_figure(out: Path, name: str, shown: Picture, figures: Path, committed
     found = files_there(name, shown.profile, figures)
     for kind in shown.files.keys() - {"ipynb"}: _write(out/shown.files[kind], found[kind].read_bytes())
     if committed is None: return
-    notebook = nbformat.read(found["ipynb"], 4) if shown.executed else committed
+    notebook = read_notebook(found["ipynb"]) if shown.executed else committed
     _write(out/shown.files["ipynb"], nbformat.writes(portable(notebook)).encode())
     links = templates().get_template("claims.html.j2").module.above(name, shown, KINDS)
     _write(out/shown.page, notebook_page(notebook, links))
@@ -208,7 +211,8 @@ def write_report(out: Path, # folder; index.html, figures/ and notebooks/ are wr
                  notebooks: dict[str, NotebookNode] | None = None, # experiment -> notebook; None: find_notebooks()
 ) -> Path: # index.html
     "Write the report with the figures, their data and their notebooks"
-    figures, committed = figures or home()/"figures", find_notebooks() if notebooks is None else notebooks
+    out, figures = user_path(out, "out"), user_path(figures or home()/"figures", "figures")
+    committed = find_notebooks() if notebooks is None else notebooks
     for profile, named in tables.items():
         for name, table in named.items():
             notebook = committed.get(name)

@@ -16,7 +16,7 @@ from check_links import Page, flaws
 
 from symbreak import cli, report
 from symbreak.claims import CLAIMS
-from symbreak.files import home
+from symbreak.files import home, past_damage
 from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from symbreak.profiles import PROFILES
 from symbreak.results import collect
@@ -170,6 +170,29 @@ def test_an_old_picture_is_called_old(results):
     assert "Drawn from other results" not in written(results)[1]
     quick["fig01"] = toy(4)
     assert "Drawn from other results" in written(results)[1]
+
+
+@pytest.mark.parametrize("kind, content", [
+    ("json", ""), ("json", "null"), ("json", "{}"), ("json", "[1]"), ("json", '{"provenance": null}'), ("png", ""),
+    ("csv", ""), ("ipynb", ""), ("ipynb", "null"), ("ipynb", '{"cells": 1}')])
+def test_a_damaged_file_of_a_figure_is_named_and_left_out(results, kind, content):
+    path = results[0] / "figures" / "quick" / f"fig01.{kind}"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: damaged, .*; restore it, or delete it and let"):
+        written(results)
+    with past_damage() as damaged: index, html = written(results)
+    assert len(damaged) == 1 and flaws(index.parent) == []
+    shown = {path.suffix for path in (index.parent / "figures" / "quick").glob("fig01.*")}
+    assert shown == {"json": {".ipynb"}, "png": {".ipynb"}, "csv": {".ipynb", ".png"},
+                     "ipynb": {".ipynb", ".csv", ".png"}}[kind]
+    assert ("Notebook with its results" in html) == (kind != "ipynb")
+
+
+def test_a_damaged_committed_notebook_is_named_and_left_out(tmp_path):
+    for name in ("fig01_a", "fig02_b"): nbformat.write(nbformat.v4.new_notebook(), tmp_path / f"{name}.ipynb")
+    (damaged := tmp_path / "fig01_a.ipynb").write_text("")
+    with pytest.raises(ValueError, match=f"{re.escape(str(damaged))}: damaged"): report.find_notebooks(tmp_path)
+    with past_damage(): assert list(report.find_notebooks(tmp_path)) == ["fig02"]
 
 
 def test_where_we_differ_is_copied_from_the_notebooks(results):
