@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .processes import terminable
-from .terminal import console
+from .terminal import console, print_damage
 
 # %% ../nbs/34_cli.ipynb #52383bcf
 Folder = Annotated[str | None, tyro.conf.arg(metavar="PATH")]
@@ -116,21 +116,24 @@ class Report:
     out: Folder = None
     "folder for index.html, figures/ and notebooks/; default: build/report"
     strict: bool = False
-    "exit with 1 if a claim is not reproduced"
+    "exit with 1 if a claim is not reproduced, or something is damaged and was not counted"
 
     def __call__(self) -> int:
         from symbreak.campaign import check_writable
-        from symbreak.files import home, user_path
+        from symbreak.files import home, past_damage, user_path
         user_path("~", "HOME")  # Jupyter writes no page without one
         from symbreak.report import find_notebooks, write_report
         out = home()/"build"/"report" if self.out is None else user_path(self.out, "out")
-        figures, notebooks = None if self.figures is None else user_path(self.figures, "figures"), find_notebooks()
-        check_writable(out, "--out")
-        tables = self.tables()
-        written = write_report(out, tables, figures, notebooks)
+        figures = None if self.figures is None else user_path(self.figures, "figures")
+        with past_damage() as damaged:
+            notebooks = find_notebooks()
+            check_writable(out, "--out")
+            tables = self.tables()
+            written = write_report(out, tables, figures, notebooks)
         code = max(print_claims(named, profile, self.strict) for profile, named in tables.items())
         print(f"Report: {written}")
-        return code
+        print_damage(damaged)
+        return 1 if self.strict and damaged else code
 
     def tables(self) -> dict: # profile -> figure -> tidy data
         "What is finished; of all profiles those that have anything, and quick"
@@ -154,28 +157,24 @@ class List:
     def __call__(self) -> int:
         from rich.table import Table
         from symbreak.experiments import EXPERIMENTS
+        from symbreak.files import past_damage
         from symbreak.profiles import PROFILES
-        damaged: dict[str, None] = {}  # each file once, however many figures want its run
         shown = Table("experiment", "title", *PROFILES, title="Finished runs", title_justify="left")
-        for name, experiment in EXPERIMENTS.items():
-            shown.add_row(name, experiment.title, *(self.finished(name, profile, damaged) for profile in PROFILES))
+        with past_damage() as damaged:
+            for name, experiment in EXPERIMENTS.items():
+                shown.add_row(name, experiment.title, *(self.finished(name, profile) for profile in PROFILES))
         console().print(shown)
         for profile in PROFILES.values(): console().print(f"{profile.name}: {profile.says}")
-        for why in damaged: print(f"symbreak: not counted: {why}", file=sys.stderr)
+        print_damage(damaged)
         return 0
 
-    def finished(self, name: str, profile: str, damaged: dict) -> str: # such as "3/24", or "measured"
-        "How many runs of an experiment are finished; what is damaged is noted"
+    def finished(self, name: str, profile: str) -> str: # such as "3/24", or "measured"
+        "How many runs of an experiment are finished"
         from symbreak.experiments import Request, offered, plan
-        if name not in offered(profile): return "-"
         from symbreak.runs import default_store
+        if name not in offered(profile): return "-"
         planned, store = plan(Request(name, profile, self.device)), default_store()
-
-        def is_there(config) -> bool:
-            try: return store.find(config) is not None
-            except ValueError as e: damaged[str(e)] = None
-            return False
-        return f"{sum(is_there(p.config) for p in planned)}/{len(planned)}" if planned else "measured"
+        return f"{sum(store.read(p.config) is not None for p in planned)}/{len(planned)}" if planned else "measured"
 
 # %% ../nbs/34_cli.ipynb #9c1093f4
 def check_verb() -> type:

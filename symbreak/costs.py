@@ -182,7 +182,7 @@ class Speed:
 # %% ../nbs/27_costs.ipynb #4c8803c2
 def _row(name: str, configs: list[Config], store: Store, speed: Speed) -> dict:
     "What some runs cost together"
-    left = [config for config in configs if store.find(config) is None]
+    left = [config for config in configs if store.read(config) is None]
     def hours(some, device): return sum(speed.seconds(config, device) for config in some) / 3600
     return dict(experiment=name, runs=len(configs), left=len(left), pflop=sum(map(flop, configs)) / 1e15,
                 gb=sum(map(disk, configs)) / 1e9) | {device: hours(configs, device) for device in speed.devices} | {
@@ -201,9 +201,9 @@ def cost_table(profile: str, # quick, ladder, cifar, full, paper or sprint
     planned = {name: [p.config for p in plan(Request(name, profile, device, data))]
                for name in names or offered(profile)}
     speed = Speed(timed_runs(store), device_name(resolve_device(device)), measure, say)
-    rows = [_row(name, list(dict.fromkeys(configs)), store, speed) for name, configs in planned.items() if configs]
-    rows.append(_row("together", list(dict.fromkeys(c for configs in planned.values() for c in configs)), store, speed))
-    table = pd.DataFrame(rows)
+    planned = {name: list(dict.fromkeys(configs)) for name, configs in planned.items() if configs}
+    planned["together"] = list(dict.fromkeys(config for configs in planned.values() for config in configs))
+    table = pd.DataFrame([_row(name, configs, store, speed) for name, configs in planned.items()])
     table = table.drop(columns=[d for d in speed.devices if d != speed.here and table[d].isna().all()])
     table.attrs.update(here=speed.here, cannot=sorted(set(speed.cannot.values())))
     return table

@@ -16,12 +16,12 @@ import tyro
 from .campaign import check_writable
 from .config import Config
 from .costs import cost_table
-from .files import user_path
+from .files import past_damage, user_path
 from .engines import Engine
 from .records import write_atomic
 from .runs import Store, default_store, default_workers
 from .sweep import grid_configs, make_engine, parse_grid, sweep
-from .terminal import print_table
+from .terminal import print_damage, print_table
 from .training import config_of, options
 
 # %% ../nbs/33d_sweeping.ipynb #0aef8b4b
@@ -116,8 +116,10 @@ class Plan:
 
     def __call__(self) -> int:
         def say(text): print(text, file=sys.stderr, flush=True)
-        table = cost_table(self.profile, self.figures, self.device, self.data, store_at(self.runs), self.stopwatch, say)
+        asked = self.profile, self.figures, self.device, self.data, store_at(self.runs), self.stopwatch
+        with past_damage() as damaged: table = cost_table(*asked, say)
         print_costs(table, default_workers())
         if (self.data or "").startswith("folder:"):
             print(f"{self.data} is taken for CIFAR-10: 50,000 images to train and 10,000 to test, of 32x32")
+        print_damage(damaged)
         return 0

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from symbreak import cache, records
+from symbreak import cache, cli, records
 from symbreak.checking import read_batch
 from symbreak.config import Config
 from symbreak.data import load
-from symbreak.experiments import Request
+from symbreak.experiments import Request, plan
 from symbreak.measurements import archived_measurement, kept_measurement, take_measurement
 from symbreak.records import (RunFiles, append_line, check_files, read_checkpoint, read_record, read_sealed,
                               write_atomic)
-from symbreak.files import home
-from symbreak.runs import Store, execute
+from symbreak.files import home, past_damage
+from symbreak.results import collect
+from symbreak.runs import Store, default_store, execute
 from symbreak.train import train
 
 TINY = Config(depth=7, width=1, epochs=4, train_size=400, test_size=100, batch_size=50, lr=0.05, dropout=0.1,
@@ -86,7 +88,8 @@ def test_no_bit_of_a_result_can_change_unseen(tmp_path):
 def test_a_damaged_line_of_an_unfinished_run_ends_nothing(tmp_path):
     store = Store(tmp_path)
     store.train(TINY, stop=lambda: True)
-    for damaged in ("null\n", "{\n", '{"epoch": "x"}\n[]\n', "{}\n"):
+    for damaged in ("null\n", "{\n", '{"epoch": "x"}\n[]\n', "{}\n", '{"epoch": null, "step": 0}\n', '{"epoch": "3"}\n',
+                    '{"epoch": 5}\n', '{"epoch": [1]}\n'):
         RunFiles(store.folder(TINY)).metrics.write_text(damaged)
         assert store.epochs_done(TINY) == 0
     ticks = []
@@ -111,6 +114,57 @@ def test_committed_results_are_sealed():
         assert {"seal", "files"} <= set(record), folder
         check_files(record, files.metrics, files.steps)
     for path in (home() / "results").glob("*/measured/*.json"): assert "seal" in read_sealed(path, ""), path
+
+
+# displays
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The committed results of profile full, in a checkout of their own and without the images."""
+    shutil.copytree(home() / "results" / "full", tmp_path / "results" / "full")
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("symbreak.runs.home", lambda: tmp_path)
+    monkeypatch.setattr("symbreak.cache.own_checkout", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    return min(path.parent for path in (tmp_path / "results" / "full").glob("*/record.json"))
+
+
+def shown(capsys, *argv):
+    code, said = cli.main([*map(str, argv)]), capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("name, content", [
+    ("record.json", ""), ("record.json", '{"status": "finished"}'), ("metrics.jsonl", ""), ("metrics.jsonl", None),
+    ("config.json", ""), ("config.json", '{"seed": 9}'), ("config.json", None)])
+def test_displays_go_on_past_a_damaged_run_and_name_it(capsys, kept, name, content):
+    path = kept / name
+    path.unlink() if content is None else path.write_text(content)
+    for argv in (["list"], ["plan", "full", "fig04", "--no-stopwatch"]):
+        code, out, err = shown(capsys, *argv)
+        assert (code, err.count("symbreak: not counted: "), err.count(f"delete {kept} to ")) == (0, 1, 1), err
+        assert str(path) in err and re.search(r"fig04 .* 7/8 " if argv == ["list"] else r"fig04 +8 +1 ", out), out
+    [config] = [p.config for p in plan(Request("fig04", "full", "cpu")) if p.config.hash == kept.name]
+    with pytest.raises(ValueError, match=re.escape(str(path))): default_store().load(config)
+
+
+def test_a_report_goes_on_past_a_damaged_run_and_a_strict_one_fails(capsys, kept, tmp_path):
+    report = ["report", "--profile", "full", "--figures", tmp_path / "figures", "--out", tmp_path / "out"]
+    assert shown(capsys, *report, "--strict")[2] == ""
+    (path := kept / "metrics.jsonl").write_text(path.read_text().replace("1", "7", 1))
+    code, out, err = shown(capsys, *report, "--strict")
+    assert code == 1 and "Not finished: fig04 (1 runs)" in out and "Report: " in out
+    assert err.startswith(f"symbreak: not counted: {path}: not what the record") and err.count("\n") == 1
+
+
+def test_runs_that_do_not_belong_together_are_no_value_of_a_display(kept):
+    record = read_record(kept)
+    records.write_json(RunFiles(kept).record, records.sealed(record | dict(data_digest="other")))
+    def collected(): return collect("fig04", "full", store=default_store())
+    with pytest.raises(ValueError, match="have seen different images"): collected()
+    with past_damage() as damaged: assert (len(collected()), collected().attrs["missing"]) == (0, 8)
+    assert len(damaged) == 1
 
 
 # measurements and caches
