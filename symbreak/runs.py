@@ -85,8 +85,8 @@ class Store:
         found = {}  # epochs -> checkpoint
         for folder in self.root.glob("*/"):
             path = RunFiles(folder).checkpoint
-            if not path.exists() or not is_finished(folder): continue
-            try: other = whose(folder)
+            if not path.exists(): continue
+            try: other = whose(folder) if is_finished(folder) else None
             except ValueError: continue  # damage is told when that run itself is asked for
             if other and other.hash == folder.name and any(is_longer(c, other) for c in _as_trained(config)):
                 found[other.epochs] = path

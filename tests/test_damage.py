@@ -20,6 +20,7 @@ from symbreak.config import Config
 from symbreak.data import load
 from symbreak.experiments import Request, plan
 from symbreak.measurements import archived_measurement, kept_measurement, take_measurement
+from symbreak.outcome import Run
 from symbreak.records import (RunFiles, append_line, check_files, read_checkpoint, read_record, read_sealed,
                               write_atomic)
 from symbreak.files import home, past_damage
@@ -65,7 +66,7 @@ def test_no_bit_of_a_result_can_change_unseen(tmp_path):
     files, draw = RunFiles(Store(tmp_path).folder(config)), random.Random(0)
     Store(tmp_path).train(config)
     assert Store(tmp_path).load(config)
-    for path in (files.metrics, files.steps, files.record):
+    for path in (files.config, files.metrics, files.steps, files.record):
         whole = path.read_bytes()
         for place in [0, len(whole) - 2, *(draw.randrange(len(whole)) for _ in range(100))]:
             path.write_bytes(flipped(path, place, draw.randrange(7)))
@@ -113,6 +114,7 @@ def test_committed_results_are_sealed():
         record, files = read_record(folder), RunFiles(folder)
         assert {"seal", "files"} <= set(record), folder
         check_files(record, files.metrics, files.steps)
+        assert Run.load(folder).config.hash == folder.name
     for path in (home() / "results").glob("*/measured/*.json"): assert "seal" in read_sealed(path, ""), path
 
 
