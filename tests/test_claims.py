@@ -29,6 +29,18 @@ def test_rows_of_every_claim_are_planned(claim, profile):
     assert not is_ready(claim, pd.DataFrame(), outline(Request(claim.figure, profile)))  # raises for rows that are not
 
 
+def described(claim):
+    """A claim in one line: what is measured on which rows, the band, and where."""
+    return " | ".join([claim.figure, claim.statement, f"{claim.low:g} to {claim.high:g}", ", ".join(claim.profiles),
+                       " - ".join(map(str, claim.rows))])
+
+
+def test_no_claim_is_changed_by_accident():
+    """Whoever moves a band, or asks other rows, writes it into claims.txt, where everybody sees it."""
+    agreed = (Path(__file__).parent / "claims.txt").read_text(encoding="utf-8").splitlines()
+    assert [described(claim) for claim in CLAIMS] == agreed
+
+
 @pytest.mark.parametrize("wrong", [dict(init="hee"), dict(breaker="dropouts"), dict(inti="he")], ids=str)
 def test_a_misspelt_claim_is_an_error(wrong):
     table = collect("fig04", "cifar", store=Store(Path("nowhere"), default_store().archives))
