@@ -12,7 +12,7 @@ from symbreak.config import Config
 from symbreak.experiments import EXPERIMENTS, Experiment, Request, last_row, offered, outline, plan
 from symbreak.figures import figure_files, read_table
 from symbreak.files import home
-from symbreak.plans import Planned
+from symbreak.plans import IS_X86, Planned
 from symbreak.profiles import PROFILES
 from symbreak.results import collect, reproduce
 from symbreak.runs import Store, default_store
@@ -38,6 +38,7 @@ def described(claim):
 def test_no_claim_is_changed_by_accident():
     """Whoever moves a band, or asks other rows, writes it into claims.txt, where everybody sees it."""
     agreed = (Path(__file__).parent / "claims.txt").read_text(encoding="utf-8").splitlines()
+    if not IS_X86: agreed = [line for line in agreed if "AVX2" not in line]  # which other processors have not
     assert [described(claim) for claim in CLAIMS] == agreed
 
 
