@@ -254,5 +254,5 @@ def recorded_config(folder: Path, record: dict) -> Config: # record: of that fol
     files = RunFiles(Path(folder))
     try: config = Config.from_dict(record["config"])
     except ValueError as e: raise ValueError(f"{files.record}: cannot be read ({e}); {_run_again(folder)}") from None
-    if whose(folder) != config: raise _not_for(files.config)
+    if whose(files.folder) != config: raise _not_for(files.config)
     return config
