@@ -102,6 +102,16 @@ def test_checkpoints_come_after_the_first_epoch_and_then_every_so_many_seconds(t
     assert epochs == [1, 4, 7]
 
 
+def test_a_run_that_goes_on_has_its_next_checkpoint_as_many_seconds_later(tmp_path, monkeypatch):
+    config, now, epochs = replace(TINY, epochs=8, schedule="constant"), [10.], []
+    train(config, tmp_path / "run", stop=lambda: True)  # pauses after the first epoch
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "save_checkpoint", lambda journal: epochs.append(journal.metrics[-1]["epoch"]))
+    def report(epoch, row): now[0] += 1
+    train(config, tmp_path / "run", report=report, checkpoint_every_s=2.5)
+    assert epochs == [4, 7, 8]  # the last one for whoever makes it longer
+
+
 def test_the_callers_random_numbers_are_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
