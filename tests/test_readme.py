@@ -1,12 +1,15 @@
 """The README says what the committed data say, and links to what is there."""
 import re
 import sys
+from io import StringIO
 
+import pandas as pd
 import pytest
 
 from symbreak.headlines import all_verdicts, claims_page, committed, readme_table
 from symbreak.files import home
 from symbreak.results import collect
+from symbreak.summaries import break_times, linearity
 
 ROOT = home()
 sys.path.insert(0, str(ROOT / "tools"))
@@ -46,3 +49,15 @@ def test_accuracies_on_all_of_cifar10_are_those_of_the_committed_runs():
         sentence = text[text.rindex("On all of CIFAR-10"):]
         said = re.findall(r"at (\d+\.\d+) %", sentence)[:4]
         assert said == [f"{100 * ends[curve]:.{digits}f}" for curve in curves], path
+
+
+def test_the_ladder_is_as_straight_and_as_well_foretold_as_is_said():
+    """Written by hand: how many runs break when three copies say, which no claim counts."""
+    table = pd.read_csv(StringIO(committed(ROOT / "figures" / "ladder" / "fig09.csv")))
+    measured, foretold = (table[table.source == source] for source in ("all features", "three copies"))
+    apart = (break_times(measured) - break_times(foretold)).abs()
+    assert apart.notna().all() and 7.5 < apart.max() < 8.5
+    said = {"README.md": f"R² {linearity(measured).mean():.2f}"}
+    for path in ("README.md", "nbs/15_prediction.ipynb"):
+        text = " ".join(re.sub(r'\\n",?|"', " ", (ROOT / path).read_text(encoding="utf-8")).split())
+        assert re.search(rf"\b{(apart < 3).sum()} of {len(apart)} runs\b", text) and said.get(path, "") in text, path
