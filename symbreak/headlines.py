@@ -9,7 +9,6 @@ __all__ = ['Reader', 'HEADLINES', 'lying', 'committed', 'archived', 'committed_t
 # %% ../nbs/26_headlines.ipynb #a078eb59
 import subprocess
 from collections.abc import Callable, Iterable
-from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -46,8 +45,7 @@ def archived(name: str, profile: str) -> pd.DataFrame:
 def committed_table(name: str, profile: str, read: Reader) -> pd.DataFrame | None:
     "Tidy data of a figure that is complete, or what is there of one that is not; None if there is nothing"
     files = figure_files(name, profile)
-    csv, attrs = (read(files.path(kind)) for kind in ("csv", "json"))
-    if csv is not None: return read_table(StringIO(csv), StringIO(attrs))
+    if read(files.path("csv")) is not None: return read_table(files, read)
     table = archived(name, profile)
     return table if len(table) else None
 

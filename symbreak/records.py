@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'RECORDED', 'writing', 'write_atomic', 'write_json', 'write_lines', 'append_line', 'read_lines',
-           'without_nan', 'RunFiles', 'sealed', 'read_sealed', 'file_digest', 'with_digests', 'check_files',
-           'read_record', 'is_finished', 'write_checkpoint', 'read_checkpoint', 'keeps_checkpoint', 'is_longer',
-           'whose', 'check_folder', 'held', 'recorded_config']
+           'without_nan', 'RunFiles', 'sealed', 'read_sealed', 'bytes_digest', 'file_digest', 'with_digests',
+           'check_files', 'read_record', 'is_finished', 'write_checkpoint', 'read_checkpoint', 'keeps_checkpoint',
+           'is_longer', 'whose', 'check_folder', 'held', 'recorded_config']
 
 # %% ../nbs/12_records.ipynb #6b000003
 import hashlib
@@ -125,9 +125,13 @@ def read_sealed(path: Path,
     if "seal" in value and value != sealed(value): raise ValueError(f"{path}: damaged, its seal is broken; {way_out}")
     return value
 
-def file_digest(path: Path) -> str | None: # 16 hex digits; None if there is no file
-    "sha256 of a file"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+def bytes_digest(content: bytes) -> str: # 16 hex digits
+    "sha256 of what a file holds"
+    return hashlib.sha256(content).hexdigest()[:16]
+
+def file_digest(path: Path) -> str | None: # None if there is no file
+    "`bytes_digest` of a file"
+    return bytes_digest(path.read_bytes()) if path.exists() else None
 
 def with_digests(record: dict, files: RunFiles) -> dict:
     "A sealed record that knows the files beside it"

@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 
 from .claims import verdicts as judged
 from .experiments import EXPERIMENTS
-from .figures import DRAW_AGAIN, figure_files, notebook_paths, read_source, small_print
+from .figures import DRAW_AGAIN, FigureFiles, figure_files, notebook_paths, read_source, small_print
 from .files import home, unless_damaged, user_path
 from .headlines import HEADLINES
 from .pages import (asset, differences, headline, markdown, notebook_page, page, portable, read_notebook,
@@ -78,10 +78,12 @@ def devices(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment 
 # %% ../nbs/32_report.ipynb #74af164f
 KINDS = {"csv": "data (CSV)", "png": "picture (PNG)", "svg": "picture (SVG)", "ipynb": "notebook (ipynb)"}
 
-def _is_there(path: Path) -> bool:
+def _is_there(files: FigureFiles, kind: str) -> bool:
+    path = files.path(kind)
     if not path.exists(): return False
     if path.stat().st_size == 0: raise ValueError(f"{path}: damaged, it is empty; {DRAW_AGAIN}")
-    if path.suffix == ".ipynb": read_notebook(path, DRAW_AGAIN)
+    if kind == "ipynb": read_notebook(path, DRAW_AGAIN)
+    if not files.fits(kind): raise files.damage(kind)
     return True
 
 def files_there(name: str, # experiment
@@ -89,8 +91,8 @@ def files_there(name: str, # experiment
                 figures: Path, # with a folder per profile, as `symbreak reproduce` writes
 ) -> dict[str, Path]: # kind -> path, in the order of KINDS
     "The files of a figure that are there; ValueError for one that is damaged"
-    paths = {kind: figure_files(name, profile, figures).path(kind) for kind in KINDS}
-    return {kind: path for kind, path in paths.items() if unless_damaged(_is_there, path)}
+    files = figure_files(name, profile, figures)
+    return {kind: files.path(kind) for kind in KINDS if unless_damaged(_is_there, files, kind)}
 
 # %% ../nbs/32_report.ipynb #7edb80e8
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Picture:
 def drawn_from(name: str, profile: str, figures: Path) -> pd.DataFrame | None:
     "Where a picture comes from, as noted beside it, in the attrs of a table without rows; None if there is no picture"
     files = figure_files(name, profile, figures)
-    if not (files.path("json").exists() and unless_damaged(_is_there, files.path("png"))): return None
+    if not (files.path("json").exists() and unless_damaged(_is_there, files, "png")): return None
     return unless_damaged(read_source, files.path("json"))
 
 # %% ../nbs/32_report.ipynb #2eadfae8

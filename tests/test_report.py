@@ -20,8 +20,9 @@ from symbreak.files import home, past_damage
 from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 from symbreak.profiles import PROFILES
 from symbreak.results import collect
-from symbreak.figures import Exhibit, FigureFiles, Verdicts
+from symbreak.figures import SAVED, Exhibit, FigureFiles, Verdicts
 from symbreak.pages import asset, differences, headline
+from symbreak.records import file_digest
 from symbreak.runs import Store
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -186,6 +187,22 @@ def test_a_damaged_file_of_a_figure_is_named_and_left_out(results, kind, content
     assert shown == {"json": {".ipynb"}, "png": {".ipynb"}, "csv": {".ipynb", ".png"},
                      "ipynb": {".ipynb", ".csv", ".png"}}[kind]
     assert ("Notebook with its results" in html) == (kind != "ipynb")
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_changed_file_of_a_figure_is_named_and_left_out(results, kind):
+    files = FigureFiles("fig01", results[0] / "figures" / "quick")
+    files.path("svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    noted = dict(files={kind: file_digest(files.path(kind)) for kind in SAVED})
+    files.path("json").write_text(json.dumps(files.source() | noted))
+    assert list(report.files_there("fig01", "quick", results[0] / "figures")) == list(report.KINDS)
+    files.path(kind).write_bytes(files.path(kind).read_bytes()[:-1])
+    assert not files.is_whole()
+    with pytest.raises(ValueError, match=f"^{re.escape(str(files.path(kind)))}: not as it was saved, by the digest in"):
+        written(results)
+    with past_damage() as damaged: index, html = written(results)
+    assert len(damaged) == 1 and flaws(index.parent) == []
+    assert f"fig01.{kind}" not in {path.name for path in (index.parent / "figures" / "quick").iterdir()}
 
 
 def test_a_damaged_committed_notebook_is_named_and_left_out(tmp_path):
