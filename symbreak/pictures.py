@@ -21,14 +21,21 @@ def _is_deep(codec: str, args: tuple | str | None) -> bool: # as Pillow has them
     return codec == "SGI16" or ";16" in str(args) and "BGR;16" not in str(args)
 
 # %% ../nbs/10_pictures.ipynb #e2bc7e0f
+def _deep_channel(sizes: re.Match) -> bool:
+    channels = int.from_bytes(sizes[1], "big")
+    return any(bits & 0x7f > 7 for bits in sizes.string[sizes.end():sizes.end() + 3 * channels:3])
+
+_PNG = (rb"\x89PNG\r\n\x1a\n....IHDR.{8}(.)", lambda header: header[1][0] > 8)
+_HEADERS = {  # format -> where it says so, and whether it does
+    "JPEG2000": (rb"\xff\x4f\xff\x51.{36}(..)", _deep_channel),
+    "AVIF": (rb"av1C..(.)", lambda box: box[1][0] & 0x40),
+    "ICO": _PNG, "ICNS": _PNG}
+
 def _says_deep(image: "PIL.Image.Image") -> bool: # opened by its path
     "Does a file itself say that it has more than 8 bits per channel, where Pillow does not?"
-    if image.format not in ("JPEG2000", "AVIF"): return False
-    content = Path(image.filename).read_bytes()
-    if image.format == "AVIF": return any(box[1][0] & 0x40 for box in re.finditer(rb"av1C..(.)", content, re.DOTALL))
-    sizes = re.search(rb"\xff\x4f\xff\x51.{36}(..)", content, re.DOTALL)
-    channels = int.from_bytes(sizes[1], "big")
-    return any(bits & 0x7f > 7 for bits in content[sizes.end():sizes.end() + 3 * channels:3])
+    if image.format not in _HEADERS: return False
+    mark, too_deep = _HEADERS[image.format]
+    return any(map(too_deep, re.finditer(mark, Path(image.filename).read_bytes(), re.DOTALL)))
 
 # %% ../nbs/10_pictures.ipynb #fa45e7de
 RULES = "3: orientation applied, no transparency, 8 bits" # how `picture` reads; another text, and all is decoded again

@@ -383,6 +383,11 @@ def dds(flags, kind=b"", bits=0, masks=(0,) * 4, more=b""):
     return b"DDS " + struct.pack("<7I44x2I4s5I20x", 124, 0x1007, 8, 8, 0, 0, 0, 32, flags, kind, bits, *masks) + more
 
 
+def ico(png):
+    "An icon of 8x8 pixels, with a PNG file in it"
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 8, 8, 0, 0, 1, 24, len(png), 22) + png
+
+
 AVIF10 = """c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xy^zOdYzkElE?r7iWw<6MNl?FL1uCZ0~+8f$SlbPvlxL`E;A=T8N_h`@fjhajKV-#35Yc^GxO
 5mYNddjR3<1dvCP2GIX@>KY*$uhK~Vva_RcIw&Ii&WnZ*UEQ2RKbSfC)YA`>LQ%*Dk8q<9j`44oSl96&<C$@w`&dC55y3`{`C&;S$?&n(D=`3dMS7DlFK79
 dkAHzlz|h=Gg4f@A-4CMJdnMj`@0Vg4U|alArLyL$eeuzbq@;{X7;ayRe"""  # of 8x8 pixels
@@ -397,7 +402,8 @@ def encoded(kind, bits, feature):
 
 
 @pytest.mark.parametrize("content", [
-    png16(1, 0), png16(3, 2), png16(2, 4), png16(4, 6), b"P6 8 8 65535\n" + bytes(384), b"P5 8 8 1000\n" + bytes(128),
+    png16(1, 0), png16(3, 2), png16(2, 4), png16(4, 6), ico(png16(3, 2)),
+    b"P6 8 8 65535\n" + bytes(384), b"P5 8 8 1000\n" + bytes(128),
     b"P3 8 8 65535\n" + b"0 " * 192, b"P2 8 8 1000\n" + b"0 " * 64,
     sgi(0, 2), sgi(1, 2),
     dds(4, b"DX10", more=struct.pack("<5I", 95, 3, 0, 1, 0)), dds(0x40, b"", 32, (0x3ff00000, 0xffc00, 0x3ff, 0)),
