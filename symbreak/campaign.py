@@ -38,30 +38,33 @@ from .values import check_budget
 
 # %% ../nbs/33_campaign.ipynb #ebf63bdd
 class Background:
-    "Work done one after the other beside the rest, finished at the end of the `with` block; an error ends it all"
-    def __init__(self, stop: Callable = lambda: None): # stop: ends what is under way; called until it has ended
-        self.pool, self.submitted, self.stop = ThreadPoolExecutor(1), [], stop
+    "Work done one after the other beside the rest; what fails is told at once, and raised when the `with` block ends"
+    def __init__(self, stop: Callable = lambda: None, # ends what is under way; called until it has ended
+                 say: Callable = print): # tells
+        self.pool, self.submitted, self.stop, self.say = ThreadPoolExecutor(1), [], stop, say
 
     def __enter__(self) -> "Background": return self
 
     def __exit__(self, error, *_) -> None:
         try:
-            while error is None and wait(self.submitted, timeout=0.2).not_done: self.check()
-            if error is None: self.check()
+            while error is None and wait(self.submitted, timeout=0.2).not_done: pass  # signals are heard in between
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)  # what has not begun never will
             while not all(work.done() for work in self.submitted):
                 self.stop()
                 time.sleep(0.1)
+        if error is None:
+            for work in self.submitted: work.result()
 
     def do(self, function: Callable, *args) -> None:
         "Begin when all that was asked for before is done"
-        self.submitted.append(self.pool.submit(function, *args))
+        self.submitted.append(self.pool.submit(self._told, function, *args))
 
-    def check(self) -> None:
-        "Raise the error of what has failed so far"
-        for work in self.submitted:
-            if work.done(): work.result()
+    def _told(self, function: Callable, *args) -> None:
+        try: function(*args)
+        except Exception as e:
+            self.say(f"failed, and told again at the end: {e}")
+            raise
 
 # %% ../nbs/33_campaign.ipynb #aaa48027
 def figure_key(notebook: Path, request: Request, table: DataFrame) -> str:
@@ -163,8 +166,8 @@ def whereabouts(campaign: Campaign, planned: dict[str, list[Planned]]) -> str:
     saved = {config: campaign.store.saved_epochs(config) for config, done in begun.items() if 0 < done < config.epochs}
     return ", ".join(f"after epoch {epoch} of {config.epochs} ({runs[config]})" for config, epoch in saved.items())
 
-def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable, progress: Progress,
-           background: Background) -> AbsentError | None: # what is wrong where images are not on this machine
+def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callable,
+           progress: Progress) -> AbsentError | None: # what is wrong where images are not on this machine
     "Train what is missing, longest runs of a figure first; gather each figure when it is complete"
     waiting = list(planned)
     queue = [config for runs in planned.values() for config in longest_first([p.config for p in runs])]
@@ -176,7 +179,6 @@ def _train(campaign: Campaign, planned: dict[str, list[Planned]], gather: Callab
             waiting.remove(name)
             gather(name)
         if waiting and waiting[:1] != first: show()
-        background.check()
         progress.tick()
 
     if waiting: show()
@@ -192,7 +194,7 @@ def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataF
     "Measure, then train; draw each finished figure while the next ones train"
     planned, tables = {name: plan(request) for name, request in campaign.requests.items()}, {}
     measured = [name for name, runs in planned.items() if not runs]
-    with Progress(campaign.store, len(planned)) as progress, Background(stop_drawing) as background:
+    with Progress(campaign.store, len(planned)) as progress, Background(stop_drawing, progress.say) as background:
         def gather(name):
             tables[name] = table = campaign.collect(name)
             if not table.attrs["missing"]:
@@ -200,7 +202,7 @@ def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataF
                               campaign.store,
                               progress.say)
         tables |= _measure(campaign, measured, gather, progress.say)
-        absent = _train(campaign, {name: runs for name, runs in planned.items() if runs}, gather, progress, background)
+        absent = _train(campaign, {name: runs for name, runs in planned.items() if runs}, gather, progress)
     if absent:
         late = [name for name, table in tables.items() if table.attrs["missing"]]
         raise AbsentError(f"{absent}; without these images not finished: {', '.join(late)}")

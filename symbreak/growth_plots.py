@@ -73,6 +73,10 @@ def rates(table: pd.DataFrame, # rows of abl05: columns lr, batch_size, width, d
         factor = rows[name] / usual[name]
         ax.plot(factor, rows["mean"], "o-", color=colour, markersize=4, label=f"{words} (×1: {usual[name]:g})")
         ax.fill_between(factor, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
+        some = rows.n.between(1, table.seed.nunique() - 1)
+        ax.plot(factor[some], rows["mean"][some], "o", color=colour, markerfacecolor="white", markersize=4)
+    if table.rate.isna().any(): ax.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=4,
+                                        label="not all seeds have a rate")
     middle = alone("width")[lambda t: t.width == usual.width].rate.mean()
     for factor, label in (((0.5, 2), "in proportion"), ((2, 0.5), "inversely")):
         ax.plot((0.5, 2), [f * middle for f in factor], ":" if factor[0] < 1 else "--", color="0.5", linewidth=0.8,
