@@ -70,6 +70,7 @@ def in_words(values: pd.Series, unit: str) -> str: # such as "95.0 % ± 1.4 %" o
     "Mean and standard deviation over seeds"
     if unit == "seeds": return f"{int(values.sum())} of {len(values)} seeds"
     failed, sd = int(values.isna().sum()), values.std(ddof=1)
+    if failed == len(values): return f"no number in {failed} of {failed} seeds"
     spread = "" if math.isnan(sd) else f" ± {_number(sd, unit)}"
     return _number(values.mean(), unit) + spread + (f" ({failed} of {len(values)} without a number)" if failed else "")
 
