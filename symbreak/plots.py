@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'FLOOR', 'MARKERS', 'toy', 'propagation', 'accuracy', 'asymmetry', 'by_layer', 'correlation',
            'effective_width', 'width_ratio', 'strings', 'travel', 'skips', 'start_label', 'survival', 'arithmetic',
-           'twin_gaps', 'catching_up', 'accuracy_table', 'error_dots', 'quotient_equality', 'quotient_cost']
+           'catching_up', 'accuracy_table', 'error_dots', 'quotient_equality', 'quotient_cost']
 
 # %% ../nbs/30_plots.ipynb #e1e5b34c
 import matplotlib.pyplot as plt
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from .drawing import (COLOURS, DASHES, figure, legend_right, lines, log_ticks, looks, one_two_five, style)
 from .results import last_epochs
+from .summaries import twin_gaps
 
 # %% ../nbs/30_plots.ipynb #6bd988d6
 def toy(table: pd.DataFrame, ax: Axes) -> Axes:
@@ -222,20 +223,15 @@ def arithmetic(table: pd.DataFrame, # columns arithmetic, deterministic, epoch, 
     return legend_right(ax)
 
 # %% ../nbs/30_plots.ipynb #626e051b
-def twin_gaps(table: pd.DataFrame, # last epochs: columns source, width, epochs, seed, test_accuracy
-) -> pd.DataFrame: # columns width, epochs, seed, gap
-    "abl04: accuracy of the He twin minus that of identical features"
-    by_source = table.pivot_table(index=["width", "epochs", "seed"], columns="source", values="test_accuracy")
-    return (by_source["He init"] - by_source["dropout 1 %"]).rename("gap").reset_index()
-
 def catching_up(table: pd.DataFrame, ax: Axes) -> Axes:
-    "abl04: the gap to the He twin against the epochs of a run, a line for each width"
+    "abl04: the gap to the He twin against the steps of a run, a line for each width"
     gaps = twin_gaps(table).assign(curve=lambda t: "width " + t.width.astype(str))
-    lines(gaps, ax, "epochs", "gap", percent=True, marker="o")
+    lines(gaps, ax, "step", "gap", percent=True, marker="o")
     ax.axhline(0, color="0.5", linewidth=0.8)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks := sorted(gaps.epochs.unique()), [f"{t:g}" for t in ticks])
-    ax.set(xlabel="epochs of the run", ylabel="accuracy behind the He twin\n(percentage points)")
+    ticks = gaps.drop_duplicates("step").set_index("step").epochs.sort_index()
+    ax.set_xticks(ticks.index, [f"{step:,}\n({epochs} epochs)" for step, epochs in ticks.items()])
+    ax.set(xlabel="steps trained", ylabel="accuracy behind the He twin\n(percentage points)")
     return legend_right(ax)
 
 # %% ../nbs/30_plots.ipynb #38a7ac12

@@ -6,8 +6,8 @@
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'repeatable', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'having', 'most_distinct', 'over_blocks', 'width_factor', 'excess_width',
            'string_trend', 'reach', 'break_epoch', 'break_times', 'linearity', 'noise_like', 'prediction_error',
-           'breaking_order', 'breaking_factor', 'growth_rates', 'rate_exponent', 'survives', 'bits_differ',
-           'largest_difference', 'cost_ratio']
+           'breaking_order', 'breaking_factor', 'growth_rates', 'rate_exponent', 'twin_gaps', 'steps_to_gap',
+           'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -179,6 +179,25 @@ def rate_exponent(column: str) -> Summary: # such as "lr"
     "Power of a column that the rate of growth follows (slope in double logarithm), by seed; NaN if a rate is missing"
     def slope(part): return np.polyfit(np.log(part[column]), np.log(part.rate), 1)[0] if part.rate.all() else math.nan
     return lambda rows: rows.groupby("seed")[[column, "rate"]].apply(slope)
+
+# %% ../nbs/23a_summaries.ipynb #c5b1d0a2
+def twin_gaps(table: pd.DataFrame, # last epochs: columns source, width, epochs, step, seed, test_accuracy
+) -> pd.DataFrame: # columns width, epochs, step, seed, gap
+    "Accuracy of the He twin minus that of identical features, at the ends of runs of several lengths (abl04)"
+    by_source = table.pivot_table(index=["width", "epochs", "step", "seed"], columns="source", values="test_accuracy")
+    return (by_source["He init"] - by_source["dropout 1 %"]).rename("gap").reset_index()
+
+def steps_to_gap(gaps: pd.DataFrame, # as `twin_gaps` returns them
+                 gap: float, # of accuracy, 0 to 1
+) -> pd.Series: # by width; 0 if the shortest run is as close, infinite if the longest is not
+    "Steps of a run that ends that close to its twin, in the mean over seeds"
+    def steps(behind): # by steps, ascending
+        if behind.iloc[0] <= gap: return 0.
+        if not (behind <= gap).any(): return math.inf
+        end = int((behind <= gap).to_numpy().argmax())
+        (before, after), logs = behind.iloc[end - 1:end + 1], np.log(behind.index[end - 1:end + 1])
+        return math.exp(logs[0] + (before - gap) / (before - after) * (logs[1] - logs[0]))
+    return gaps.groupby(["width", "step"]).gap.mean().groupby("width").apply(lambda g: steps(g.droplevel("width")))
 
 # %% ../nbs/23a_summaries.ipynb #6149de85
 def survives(rows: pd.DataFrame) -> pd.Series: # 1 or 0 by seed
