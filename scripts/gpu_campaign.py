@@ -3,12 +3,13 @@
     python scripts/gpu_campaign.py --images cifar10-jpeg.tar.xz --minutes 9 --out DIR
     python scripts/gpu_campaign.py --import DIR/results.tar.gz
 
-The first form works through a fixed order: a speed table; every arithmetic twice; the paper's curves of fig04 at
-profile `sprint`; the probe; fig07 and abl03 at profile `paper`; fig06 and the rest of fig04 at `sprint`. What comes
-before the paper's curves, and what is only asked beside them, may take so many seconds and comes back at the end with
-what it had no time for. After every run it writes results.tar.gz, the small files of all runs, and STATUS.md, which
-says what is done and what comes next. Checkpoints stay in runs/: a machine without them begins anew what was not
-finished. The second form puts such a file into results/gpu, where figures, and later campaigns, find what is in it.
+The first form works through a fixed order: a speed table; every arithmetic twice; the first three of the paper's
+curves of fig04 at profile `sprint`; abl03 at profile `paper`; the other curves; the probe; fig07 at `paper`; fig06
+and the rest of fig04 at `sprint`. What comes before the paper's curves, and what is only asked beside them, may take
+so many seconds and comes back at the end with what it had no time for. After every run it writes results.tar.gz, the
+small files of all runs, and STATUS.md, which says what is done and what comes next. Checkpoints stay in runs/: a
+machine without them begins anew what was not finished. The second form puts such a file into results/gpu, where
+figures, and later campaigns, find what is in it.
 Needs this checkout, torch, pandas and Pillow, and nothing to draw with.
 """
 import argparse
@@ -25,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
 
@@ -95,7 +97,10 @@ def images_of(archive: Path | None, source: str) -> Dataset:
 
 # tasks
 
-Task = tuple[str, Callable[[], str]]  # its name, and what does it and says what came of it
+class Task(NamedTuple):
+    name: str
+    do: Callable[[], str]  # does it and says what came of it
+    config: Config | None = None  # of the run that it trains
 
 
 def is_cuda_error(error: BaseException) -> bool:
@@ -103,19 +108,22 @@ def is_cuda_error(error: BaseException) -> bool:
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
-def tries(campaign: Campaign) -> dict[str, int]:
-    """Of each task, the processes that began it and did not come back from it."""
+def tries(campaign: Campaign) -> dict[str, list[int]]:
+    """Of each task, how many processes began it after which epoch and did not come back from it."""
     path = campaign.path("tries")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def attempt(campaign: Campaign, what: str, do: Callable[[], str]) -> None:
+def attempt(campaign: Campaign, task: Task) -> None:
     """Do it; an error is logged and the next thing begins, unless the device is gone: twice is enough for one task."""
-    before = tries(campaign)
-    write_json(campaign.path("tries"), before | {what: before.get(what, 0) + 1})
+    before, what = tries(campaign), task.name
+    epoch = campaign.store.saved_epochs(task.config) if task.config else 0
+    times, since = before.get(what, [0, epoch])
+    if epoch > since: times = 0  # it came further: somebody else ended that process
+    write_json(campaign.path("tries"), before | {what: [times + 1, epoch]})
     try:
-        if before.get(what, 0) >= 2: raise RuntimeError("took the process or the device with it, twice")
-        campaign.done[what] = do()
+        if times >= 2: raise RuntimeError("took the process or the device with it, twice")
+        campaign.done[what] = task.do()
     except KeyboardInterrupt:  # not its fault
         write_json(campaign.path("tries"), before)
         raise
@@ -124,7 +132,7 @@ def attempt(campaign: Campaign, what: str, do: Callable[[], str]) -> None:
         campaign.log(what, error)
     write_json(campaign.path("tries"), before)
     print(f"{what}: {campaign.done.get(what, 'failed')}", flush=True)
-    save(campaign)
+    save(campaign, f"the same command goes on after {what}")
 
 
 def run_one(campaign: Campaign, config: Config) -> str:
@@ -141,10 +149,12 @@ def run_one(campaign: Campaign, config: Config) -> str:
 
 def figure(campaign: Campaign, name: str, profile: str, curve: str | None = None) -> Iterator[Task]:
     """The runs of a figure, or of one of its curves, in the order of its plan."""
-    for p in plan(Request(name, profile, str(campaign.device))):
-        if curve not in (None, p.curve): continue
+    planned = [p for p in plan(Request(name, profile, str(campaign.device))) if curve in (None, p.curve)]
+    if not planned: raise ValueError(f"curve: {curve!r}, which {name} has not at profile {profile}")
+    for p in planned:
         again = ", again" * p.config.rerun
-        yield f"{name} at {profile}: {p.curve}, seed {p.config.seed}{again}", lambda c=p.config: run_one(campaign, c)
+        yield Task(f"{name} at {profile}: {p.curve}, seed {p.config.seed}{again}",
+                   lambda c=p.config: run_one(campaign, c), p.config)
 
 
 # (1) speed
@@ -216,7 +226,7 @@ def speed_table(campaign: Campaign) -> Iterator[Task]:
 
     for kind in kinds_of_steps(campaign.device):
         if (card, kind) not in [(row["card"], row["kind"]) for row in rows]:
-            yield f"speed: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: measure(k)
+            yield Task(f"speed: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: measure(k))
 
 
 # (2) every arithmetic twice
@@ -242,7 +252,7 @@ def pairs(campaign: Campaign) -> Iterator[Task]:
         for precision in precisions(campaign.device):
             for deterministic in (False, True):
                 kind = dict(precision=precision, deterministic=deterministic, **more)
-                yield f"twice: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: compare(k)
+                yield Task(f"twice: {' '.join(f'{k}={v}' for k, v in kind.items())}", lambda k=kind: compare(k))
 
 
 # (3) the probe
@@ -260,12 +270,12 @@ def probe(campaign: Campaign) -> Iterator[Task]:
 
     for dtype in ("float32", "bfloat16") if is_gpu else ("float32",):
         path = campaign.path(f"probe-{card}-{dtype}.json")
-        if not path.exists(): yield f"probe: {dtype}", lambda what=(dtype, path): measure(*what)
+        if not path.exists(): yield Task(f"probe: {dtype}", lambda what=(dtype, path): measure(*what))
 
 
 # what is left behind
 
-def save(campaign: Campaign, ahead: str = "") -> None:
+def save(campaign: Campaign, ahead: str) -> None:
     """results.tar.gz and STATUS.md."""
     small, packed = campaign.store.root / "small", campaign.store.root / "results.tar.gz"
     for files in map(RunFiles, sorted(campaign.store.root.glob("[0-9a-f]" * 12))):
@@ -283,14 +293,21 @@ def save(campaign: Campaign, ahead: str = "") -> None:
     temporary.replace(campaign.out / "results.tar.gz")
 
 
-def write_status(campaign: Campaign, ahead: str = "") -> None:
+def measured(campaign: Campaign) -> list[str]:
+    """Files with what this and earlier calls have measured, in words."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted(campaign.path("").glob("*.json"))}
+    return [f"{name}: {len(rows if isinstance(rows, list) else rows['rows'])} rows" for name, rows in found.items()]
+
+
+def write_status(campaign: Campaign, ahead: str) -> None:
     """What is done, what failed, and what the next call does."""
     where = campaign.where
     lines = ["# GPU campaign", "", f"{where['device_name']}, torch {where['torch']}, CUDA {where['cuda']}, "
              f"cuDNN {where['cudnn']}, driver {where['driver']}, commit {where['commit']}", "",
-             *(f"- {what}: {came}" for what, came in campaign.done.items()), "",
+             *(f"- {what}: {came}" for what, came in campaign.done.items()),
+             *(f"- measured, in {name}" for name in measured(campaign)), "",
              *(f"- FAILED {what}: {why}" for what, why in campaign.failed.items()), "",
-             f"Next: {ahead}" if ahead else "Under way."]
+             f"Next: {ahead}"]
     (campaign.out / "STATUS.md").write_text("\n".join(lines) + "\n")
 
 
@@ -298,11 +315,12 @@ def parts(campaign: Campaign) -> Iterator[tuple[float, Iterator[Task]]]:
     """All tasks in their order, in parts that may take so many seconds."""
     yield 60, speed_table(campaign)
     yield 90, pairs(campaign)
-    for curve in CURVES: yield math.inf, figure(campaign, "fig04", "sprint", curve)
+    for curve in CURVES[:3]: yield math.inf, figure(campaign, "fig04", "sprint", curve)
+    yield 180, figure(campaign, "abl03", "paper")
+    for curve in CURVES[3:]: yield math.inf, figure(campaign, "fig04", "sprint", curve)
     yield 60, probe(campaign)
-    for seconds, name, profile in ((60, "fig07", "paper"), (180, "abl03", "paper"), (math.inf, "fig06", "sprint"),
-                                   (math.inf, "fig04", "sprint")):
-        yield seconds, figure(campaign, name, profile)
+    yield 60, figure(campaign, "fig07", "paper")
+    for name in ("fig06", "fig04"): yield math.inf, figure(campaign, name, "sprint")
 
 
 def work_through(campaign: Campaign) -> str:
@@ -310,12 +328,12 @@ def work_through(campaign: Campaign) -> str:
     for is_last in (False, True):
         for seconds, part in parts(campaign):
             until = math.inf if is_last else time.monotonic() + seconds
-            for what, do in part:
-                if what in campaign.done or what in campaign.failed: continue
-                if campaign.spent(): return what
+            for task in part:
+                if task.name in campaign.done or task.name in campaign.failed: continue
+                if campaign.spent(): return task.name
                 if time.monotonic() >= until: break
-                attempt(campaign, what, do)
-                if campaign.done.get(what, "").startswith("paused"): return what
+                attempt(campaign, task)
+                if campaign.done.get(task.name, "").startswith("paused"): return task.name
     return "nothing: all is done"
 
 

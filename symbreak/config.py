@@ -291,8 +291,7 @@ def usable_device(config: Config) -> torch.device:
     if config.processes > 1 and device.type == "cuda":
         device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     check_precision(config.precision, device)
-    if device.type == "cuda": os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    else:
+    if device.type != "cuda":
         check_isa(config.onednn_isa)
         check_atomic(config)
     return device

@@ -103,7 +103,7 @@ def deterministic(enabled: bool = True, # False: hardware as it is, nothing is t
 # %% ../nbs/04a_numerics.ipynb #12f88523
 def resolve_device(device: str = "auto") -> torch.device:
     "`auto` is the GPU if there is one; anything that cannot be used is an error now rather than later"
-    if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     try: found = torch.device(device)
     except RuntimeError: found = None
     if found is None or found.type not in ("cpu", "cuda"):
@@ -112,6 +112,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= count:
         raise ValueError(f"device: {device!r}, but torch sees {count} CUDA devices; allowed here: "
                          + ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(count))]))
+    if found.type == "cuda": os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS reads it at its first call
     return found
 
 # %% ../nbs/04a_numerics.ipynb #13020062

@@ -20,6 +20,7 @@ from symbreak import diversity
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.nets import ConstNet, LeakyNet
+from symbreak.numerics import resolve_device
 from symbreak.profiles import PROFILES
 from symbreak.provenance import git_commit, provenance
 from symbreak.records import RunFiles
@@ -58,17 +59,22 @@ def test_a_campaign_from_python_draws_nothing_and_says_so(tmp_path):
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_the_campaign_pauses_goes_on_and_is_brought_in(tmp_path):
+def test_the_campaign_pauses_goes_on_to_its_end_and_is_brought_in(tmp_path):
     where = dict(SYMBREAK_RUNS=str(tmp_path / "runs"), SYMBREAK_COMMIT="0123456789")
     options = ("--rehearse", "--device", "cpu", "--out", tmp_path / "out")
     first = campaign(*options, "--minutes", "0", **where)
     assert first.returncode == 0, first.stderr
     assert "Next: speed: precision=float32" in (tmp_path / "out" / "STATUS.md").read_text()
-    for _ in range(20):  # as many calls as this machine needs
+    for _ in range(40):  # as many calls as this machine needs
         again = campaign(*options, "--minutes", "0.3", **where)
         assert again.returncode == 0, again.stderr
         status = (tmp_path / "out" / "STATUS.md").read_text()
-        if re.search("^Next: (fig07|abl03)", status, re.MULTILINE): break
+        if "Next: nothing: all is done" in status: break
+    assert [line for line in status.splitlines() if "FAILED" in line and "tf32" not in line] == []  # a CPU has none
+    for what in ("abl03 at paper: bf16, atomic additions, deterministic", "fig07 at paper: ConstNet: noise everywhere",
+                 "fig06 at sprint: 1_1111_1111_1111", "fig04 at sprint: exact control"):
+        assert re.search(f"^- {what}, seed 0: finished", status, re.MULTILINE), what
+    assert re.search(r"^- measured, in speed\.json: \d+ rows$", status, re.MULTILINE)
     assert re.search(r"^- fig04 at sprint: hardware noise, seed 0: finished, 2 epochs", status, re.MULTILINE)
     assert re.search(r"^- twice: precision=float32 deterministic=True.* equal bits, asymmetry 0", status, re.MULTILINE)
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as tar: names = tar.getnames()
@@ -110,11 +116,12 @@ def test_what_ends_without_a_result_stops_nothing_else(script, tmp_path):
                            provenance(torch.device("cpu")))
     ours.path("").mkdir(parents=True)
     good, killed = (Config(depth=7, width=1, quotient=True, epochs=1, seed=seed) for seed in (0, 1))
-    script.attempt(ours, "killed", lambda: 1 / 0)
+    script.attempt(ours, script.Task("killed", lambda: 1 / 0))
     store.folder(killed).mkdir(parents=True)
     RunFiles(store.folder(killed)).config.write_text(json.dumps(asdict(killed)))  # as a kill leaves it
-    script.attempt(ours, "good", lambda: script.run_one(ours, good))
-    script.save(ours)
+    script.attempt(ours, script.Task("good", lambda: script.run_one(ours, good)))
+    assert "Next: the same command goes on after good" in (tmp_path / "STATUS.md").read_text()
+    script.save(ours, "nothing")
     assert ours.failed == {"killed": "ZeroDivisionError: division by zero"} and ours.done["good"].startswith("finished")
     assert "ZeroDivisionError" in (tmp_path / "errors.log").read_text()
     assert script.bring_in(tmp_path / "results.tar.gz", tmp_path / "brought") == 1
@@ -130,7 +137,7 @@ def test_an_older_archive_takes_nothing_away(script, tmp_path):
         ours.path("").mkdir(parents=True)
         ours.path("speed.json").write_text(json.dumps(rows))
         train(config, ours.store.folder(config), **how)
-        script.save(ours)
+        script.save(ours, "nothing")
         return tmp_path / name / "results.tar.gz"
     older = archive("older", [card | dict(card="H200")], stop=lambda: True)
     for name in (archive("newer", [card | dict(card="H100")]), older):
@@ -146,7 +153,7 @@ def test_an_interrupt_is_not_held_against_a_task(script, tmp_path):
     ours.path("").mkdir(parents=True)
     def interrupt(): raise KeyboardInterrupt
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt): script.attempt(ours, "long", interrupt)
+        with pytest.raises(KeyboardInterrupt): script.attempt(ours, script.Task("long", interrupt))
     assert script.tries(ours) == {}
 
 
@@ -164,19 +171,64 @@ def test_a_task_that_takes_the_device_with_it_is_tried_twice(script, tmp_path):
         ours.path("").mkdir(parents=True, exist_ok=True)
         return ours
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="CUDA error"): script.attempt(new_process(), "bad", lose)
+        with pytest.raises(RuntimeError, match="CUDA error"): script.attempt(new_process(), script.Task("bad", lose))
     ours = new_process()
-    script.attempt(ours, "bad", lose)
+    script.attempt(ours, script.Task("bad", lose))
     assert "twice" in ours.failed["bad"]
-    script.attempt(ours, "other", lambda: "fine")
+    script.attempt(ours, script.Task("other", lambda: "fine"))
     assert ours.done == {"other": "fine"}
+
+
+def test_a_run_that_came_further_each_time_is_not_given_up(script, tmp_path):
+    """Whatever ends its processes, it is not the run: the third one goes on from the checkpoint of the second."""
+    config = Config(depth=7, width=1, quotient=True, epochs=4, schedule="constant", train_size=64, test_size=64)
+    ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
+                           provenance(torch.device("cpu")))
+    ours.path("").mkdir(parents=True)
+    class Killed(BaseException): pass
+    def an_epoch_and_a_kill():
+        train(config, ours.store.folder(config), data=ours.data.subset(64, 64), stop=lambda: True)
+        raise Killed
+    for epoch in (1, 2, 3):
+        with pytest.raises(Killed): script.attempt(ours, script.Task("run", an_epoch_and_a_kill, config))
+        assert ours.store.saved_epochs(config) == epoch and script.tries(ours) == {"run": [1, epoch - 1]}
+    script.attempt(ours, script.Task("run", lambda: script.run_one(ours, config), config))
+    assert ours.done["run"].startswith("finished") and script.tries(ours) == {"run": [1, 2]}
+
+
+def test_a_lost_device_ends_the_call_and_status_says_what_to_do(script, tmp_path, monkeypatch):
+    def lose(campaign): raise RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(script, "work_through", lose)
+    for known in PROFILES: monkeypatch.setitem(PROFILES, known, PROFILES[known])  # are put back
+    monkeypatch.setenv("SYMBREAK_RUNS", str(tmp_path / "runs"))
+    assert script.main(["--rehearse", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    status = (tmp_path / "out" / "STATUS.md").read_text()
+    assert "- FAILED the device: RuntimeError: CUDA error: device-side assert triggered" in status
+    assert "Next: the same command, in a new process: the device was lost" in status
+
+
+def test_every_curve_of_the_campaign_is_one_of_fig04(script, tmp_path):
+    ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), None, {})
+    assert all(list(script.figure(ours, "fig04", "sprint", curve)) for curve in script.CURVES)
+    with pytest.raises(ValueError, match="curve: 'dropout', which fig04 has not"):
+        list(script.figure(ours, "fig04", "sprint", "dropout"))
+
+
+def test_cublas_is_told_before_the_first_call_on_a_gpu(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert resolve_device("cpu").type == "cpu" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("auto", "cuda"):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        assert resolve_device(device).type == "cuda" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_parts_that_run_out_of_seconds_come_back_at_the_end(script, tmp_path, monkeypatch):
     ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
                            provenance(torch.device("cpu")))
     ours.path("").mkdir(parents=True)
-    def tasks(name): return ((f"{name}{i}", lambda: "done") for i in range(2))
+    def tasks(name): return (script.Task(f"{name}{i}", lambda: "done") for i in range(2))
     monkeypatch.setattr(script, "parts", lambda _: [(0, tasks("a")), (math.inf, tasks("b"))])
     assert script.work_through(ours) == "nothing: all is done"
     assert list(ours.done) == ["b0", "b1", "a0", "a1"]
@@ -219,6 +271,7 @@ def test_a_step_at_full_size_mixes_no_devices(make):
 
 @NETWORKS
 def test_all_measures_at_full_size_stay_on_their_device_until_they_leave_it(make, monkeypatch):
+    """On the meta device, too: a torch without CUDA does not sort, count or decompose CUDA tensors that are not there."""
     measured = {}
     def leave(tensors):
         measured.update(tensors)
@@ -249,9 +302,9 @@ def test_the_later_parts_of_the_campaign_begin(name, profile, script, tmp_path, 
     ours = script.Campaign(tmp_path, torch.device("cpu"), float("inf"), Store(tmp_path / "runs"), load("digits"),
                            provenance(torch.device("cpu")))
     ours.path("").mkdir(parents=True)
-    tasks = [task for task in script.figure(ours, name, profile) if "tf32" not in task[0]]  # for which a CPU is none
-    script.attempt(ours, *tasks[0])
-    assert ours.done[tasks[0][0]].startswith("finished"), ours.failed
+    tasks = [task for task in script.figure(ours, name, profile) if "tf32" not in task.name]  # for which a CPU is none
+    script.attempt(ours, tasks[0])
+    assert ours.done[tasks[0].name].startswith("finished"), ours.failed
 
 
 def test_images_that_decode_to_other_pixels_get_a_label_of_their_own(script, tmp_path, monkeypatch, capsys):
