@@ -271,7 +271,7 @@ def test_a_step_at_full_size_mixes_no_devices(make):
 
 @NETWORKS
 def test_all_measures_at_full_size_stay_on_their_device_until_they_leave_it(make, monkeypatch):
-    """On the meta device, too: a torch without CUDA does not sort, count or decompose CUDA tensors that are not there."""
+    """On the meta device: a torch without CUDA does not sort or decompose CUDA tensors that are not there."""
     measured = {}
     def leave(tensors):
         measured.update(tensors)
