@@ -69,16 +69,18 @@ def _number(value: float, unit: str) -> str:
 def in_words(values: pd.Series, unit: str) -> str: # such as "95.0 % ± 1.4 %" or "3 of 5 seeds"
     "Mean and standard deviation over seeds"
     if unit == "seeds": return f"{int(values.sum())} of {len(values)} seeds"
-    failed, sd = int(values.isna().sum()), values.std(ddof=1)
+    failed, endless = int(values.isna().sum()), int((values.abs() == math.inf).sum())
     if failed == len(values): return f"no number in {failed} of {failed} seeds"
+    if endless: return f"infinite in {endless} of {len(values)} seeds"
+    sd = values.std(ddof=1)
     spread = "" if math.isnan(sd) else f" ± {_number(sd, unit)}"
     return _number(values.mean(), unit) + spread + (f" ({failed} of {len(values)} without a number)" if failed else "")
 
 def _estimate(values: pd.Series) -> tuple[float, float, float]: # mean, its standard error, rounding of their sum
     "What is known of the mean over seeds; an end of the band that is met exactly is met, however sums are rounded"
-    mean, sd = values.mean(), values.std(ddof=1)
+    mean, sd = float(values.mean()), float(values[values.abs() < math.inf].std(ddof=1))
     error = 0. if math.isnan(sd) else sd / math.sqrt(len(values))  # unknown for one seed
-    return mean, error, 1e-9 * max(abs(mean), error)
+    return mean, error, 1e-9 * max(abs(mean), error) if math.isfinite(mean) else 0.
 
 def holds(claim: Claim, values: pd.Series) -> bool:
     "Whether the band holds the mean with a standard error to spare"
