@@ -93,9 +93,10 @@ def small_print(table: pd.DataFrame) -> str:
     p = table.attrs["provenance"]
     seeds = f"seeds {p['seeds'][0]}-{p['seeds'][-1]}" if p["seeds"] else "no seeds"
     unchecked = "images not at hand to compare" if table.attrs.get("unchecked") else ""
+    commits = ", ".join(p["commit"][:2]) + f" and {len(p['commit']) - 2} more" * (len(p["commit"]) > 2)
     parts = [titled(p["profile"]), *(", ".join(p.get(k, ())) for k in ("data", "images")), unchecked,
              ", ".join(p.get("device", ())),
-             f"torch {', '.join(p['torch'])}", seeds, f"commit {', '.join(p['commit'])}"]
+             f"torch {', '.join(p['torch'])}", seeds, f"commit {commits}"]
     return " | ".join(part for part in parts if part)
 
 # %% ../nbs/25_figures.ipynb #184a15da

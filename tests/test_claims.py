@@ -16,7 +16,7 @@ from symbreak.plans import IS_X86, Planned
 from symbreak.profiles import PROFILES
 from symbreak.results import collect, reproduce
 from symbreak.runs import Store, default_store
-from symbreak.summaries import at_end, gap, having
+from symbreak.summaries import at_end, gap, having, twin_gaps
 from symbreak.verdicts import NOT_REPRODUCED, NOT_TESTED, Claim, is_ready, judge
 
 HASHES = json.loads((Path(__file__).parent / "hashes.json").read_text())
@@ -40,6 +40,12 @@ def test_no_claim_is_changed_by_accident():
     agreed = (Path(__file__).parent / "claims.txt").read_text(encoding="utf-8").splitlines()
     if not IS_X86: agreed = [line for line in agreed if "AVX2" not in line]  # which other processors have not
     assert [described(claim) for claim in CLAIMS] == agreed
+
+
+def test_what_abl04_says_of_real_images_is_what_was_measured():
+    gaps = twin_gaps(read_table(figure_files("abl04", "cifar"))).pivot(index="width", columns="epochs", values="gap")
+    assert list(gaps.columns) == [15, 30, 60] and list(gaps.index) == [1, 2, 3]
+    assert (gaps[30] > gaps[15]).all() and (gaps[60] < gaps[15]).all() and (gaps.loc[2:, 60] > 0.1).all()
 
 
 @pytest.mark.parametrize("wrong", [dict(init="hee"), dict(breaker="dropouts"), dict(inti="he")], ids=str)
