@@ -124,6 +124,7 @@ def attempt(campaign: Campaign, task: Task) -> None:
     try:
         if times >= 2: raise RuntimeError("took the process or the device with it, twice")
         campaign.done[what] = task.do()
+        before.pop(what, None)  # it came back
     except KeyboardInterrupt:  # not its fault
         write_json(campaign.path("tries"), before)
         raise

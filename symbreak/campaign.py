@@ -38,10 +38,11 @@ from .values import check_budget
 
 # %% ../nbs/33_campaign.ipynb #ebf63bdd
 class Background:
-    "Work done one after the other beside the rest; what fails is told at once, and raised when the `with` block ends"
+    "Work done one after the other beside the rest, finished when the `with` block ends; what fails is told at once"
     def __init__(self, stop: Callable = lambda: None, # ends what is under way; called until it has ended
                  say: Callable = print): # tells
         self.pool, self.submitted, self.stop, self.say = ThreadPoolExecutor(1), [], stop, say
+        self.ending = False  # before its time
 
     def __enter__(self) -> "Background": return self
 
@@ -49,12 +50,11 @@ class Background:
         try:
             while error is None and wait(self.submitted, timeout=0.2).not_done: pass  # signals are heard in between
         finally:
+            self.ending = not all(work.done() for work in self.submitted)
             self.pool.shutdown(wait=False, cancel_futures=True)  # what has not begun never will
             while not all(work.done() for work in self.submitted):
                 self.stop()
                 time.sleep(0.1)
-        if error is None:
-            for work in self.submitted: work.result()
 
     def do(self, function: Callable, *args) -> None:
         "Begin when all that was asked for before is done"
@@ -63,8 +63,12 @@ class Background:
     def _told(self, function: Callable, *args) -> None:
         try: function(*args)
         except Exception as e:
-            self.say(f"failed, and told again at the end: {e}")
+            if not self.ending: self.say(f"failed: {e}")
             raise
+
+    def check(self) -> None:
+        "Raise the first error of what has failed"
+        for work in self.submitted: work.result()
 
 # %% ../nbs/33_campaign.ipynb #aaa48027
 def figure_key(notebook: Path, request: Request, table: DataFrame) -> str:
@@ -206,6 +210,7 @@ def carry_out(campaign: Campaign, notebooks: dict[str, Path]) -> dict[str, DataF
     if absent:
         late = [name for name, table in tables.items() if table.attrs["missing"]]
         raise AbsentError(f"{absent}; without these images not finished: {', '.join(late)}")
+    background.check()
     return {name: tables[name] for name in campaign.requests}
 
 # %% ../nbs/33_campaign.ipynb #cee5a48b

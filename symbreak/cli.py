@@ -59,7 +59,7 @@ class Reproduce:
     figures: tyro.conf.Positional[tuple[str, ...]] = ()
     "figures to make, such as fig04; none: all"
     profile: str = "quick"
-    "quick (digits, minutes), cifar (small net, CIFAR-10 images), full (all of it, a day), paper or sprint (a GPU)"
+    "quick (digits, minutes), cifar (small net, CIFAR-10 images), full (all of it, half a day), paper or sprint (a GPU)"
     device: str = "auto"
     "auto, cpu, cuda or cuda:N; auto also accepts finished runs of other devices"
     data: str | None = None

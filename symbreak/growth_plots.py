@@ -61,22 +61,22 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
 # %% ../nbs/30a_growth_plots.ipynb #95770c4b
 _VARIED = {"lr": "learning rate", "batch_size": "batch size", "width": "width", "depth": "depth"}
 
-def rates(table: pd.DataFrame, # rows of abl05: columns lr, batch_size, width, depth, rate
+def rates(table: pd.DataFrame, # rows of abl05: columns lr, batch_size, width, depth, seed, rate
           ax: Axes) -> Axes:
     "abl05: rate of growth per epoch against what varies, relative to the value that the other runs share"
     usual = table[list(_VARIED)].mode().iloc[0]
     def alone(name): # runs that differ from the others in nothing else
         others = [other for other in _VARIED if other != name]
         return table[(table[others] == usual[others]).all(axis=1)]
+    hollow = dict(markerfacecolor="white", markersize=4)
     for colour, (name, words) in zip(COLOURS, _VARIED.items()):
         rows = spread(alone(name), [name], "rate").sort_values(name)
         factor = rows[name] / usual[name]
         ax.plot(factor, rows["mean"], "o-", color=colour, markersize=4, label=f"{words} (×1: {usual[name]:g})")
         ax.fill_between(factor, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
         some = rows.n.between(1, table.seed.nunique() - 1)
-        ax.plot(factor[some], rows["mean"][some], "o", color=colour, markerfacecolor="white", markersize=4)
-    if table.rate.isna().any(): ax.plot([], [], "o", color="0.4", markerfacecolor="white", markersize=4,
-                                        label="not all seeds have a rate")
+        ax.plot(factor[some], rows["mean"][some], "o", color=colour, **hollow)
+    if table.rate.isna().any(): ax.plot([], [], "o", color="0.4", label="not all seeds have a rate", **hollow)
     middle = alone("width")[lambda t: t.width == usual.width].rate.mean()
     for factor, label in (((0.5, 2), "in proportion"), ((2, 0.5), "inversely")):
         ax.plot((0.5, 2), [f * middle for f in factor], ":" if factor[0] < 1 else "--", color="0.5", linewidth=0.8,

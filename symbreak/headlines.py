@@ -45,7 +45,7 @@ def archived(name: str, profile: str) -> pd.DataFrame:
 def committed_table(name: str, profile: str, read: Reader) -> pd.DataFrame | None:
     "Tidy data of a figure that is complete, or what is there of one that is not; None if there is nothing"
     files = figure_files(name, profile)
-    if read(files.path("csv")) is not None: return read_table(files, read)
+    if read(files.path("json")) is not None: return read_table(files, read)  # which is written last
     table = archived(name, profile)
     return table if len(table) else None
 

@@ -26,16 +26,16 @@ def _deep_channel(sizes: re.Match) -> bool:
     return any(bits & 0x7f > 7 for bits in sizes.string[sizes.end():sizes.end() + 3 * channels:3])
 
 _PNG = (rb"\x89PNG\r\n\x1a\n....IHDR.{8}(.)", lambda header: header[1][0] > 8)
-_HEADERS = {  # format -> where it says so, and whether it does
-    "JPEG2000": (rb"\xff\x4f\xff\x51.{36}(..)", _deep_channel),
-    "AVIF": (rb"av1C..(.)", lambda box: box[1][0] & 0x40),
-    "ICO": _PNG, "ICNS": _PNG}
+_JPEG2000 = (rb"\xff\x4f\xff\x51.{36}(..)", _deep_channel)
+_AVIF = (rb"av1C..(.)", lambda box: box[1][0] & 0x40)
+_HEADERS = {"JPEG2000": [_JPEG2000], "AVIF": [_AVIF], "ICO": [_PNG], "ICNS": [_PNG, _JPEG2000]}  # what a format holds
 
 def _says_deep(image: "PIL.Image.Image") -> bool: # opened by its path
     "Does a file itself say that it has more than 8 bits per channel, where Pillow does not?"
     if image.format not in _HEADERS: return False
-    mark, too_deep = _HEADERS[image.format]
-    return any(map(too_deep, re.finditer(mark, Path(image.filename).read_bytes(), re.DOTALL)))
+    content = Path(image.filename).read_bytes()
+    return any(too_deep(found) for mark, too_deep in _HEADERS[image.format]
+               for found in re.finditer(mark, content, re.DOTALL))
 
 # %% ../nbs/10_pictures.ipynb #fa45e7de
 RULES = "3: orientation applied, no transparency, 8 bits" # how `picture` reads; another text, and all is decoded again

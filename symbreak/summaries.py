@@ -184,17 +184,18 @@ def rate_exponent(column: str) -> Summary: # such as "lr"
 def twin_gaps(table: pd.DataFrame, # last epochs: columns source, width, epochs, step, seed, test_accuracy
 ) -> pd.DataFrame: # columns width, epochs, step, seed, gap
     "Accuracy of the He twin minus that of identical features, at the ends of runs of several lengths (abl04)"
-    by_source = table.pivot_table(index=["width", "epochs", "step", "seed"], columns="source", values="test_accuracy")
+    step = table.groupby("epochs").step.transform("max")  # a run that diverged ended before
+    by_source = table.assign(step=step).pivot_table(index=["width", "epochs", "step", "seed"], columns="source",
+                                                    values="test_accuracy")
     return (by_source["He init"] - by_source["dropout 1 %"]).rename("gap").reset_index()
 
 def steps_to_gap(gaps: pd.DataFrame, # as `twin_gaps` returns them
                  gap: float, # of accuracy, 0 to 1
-) -> pd.Series: # by width; 0 if the shortest run is as close, infinite if the longest is not
-    "Steps of a run that ends that close to its twin, in the mean over seeds"
+) -> pd.Series: # by width; 0 if all runs are as close, infinite if the longest is not
+    "Steps from which on runs end that close to their twin, in the mean over seeds"
     def steps(behind): # by steps, ascending
-        if behind.iloc[0] <= gap: return 0.
-        if not (behind <= gap).any(): return math.inf
-        end = int((behind <= gap).to_numpy().argmax())
+        end = 1 + int(np.flatnonzero(behind > gap).max(initial=-1))  # after the last that is further behind
+        if end in (0, len(behind)): return math.inf if end else 0.
         (before, after), logs = behind.iloc[end - 1:end + 1], np.log(behind.index[end - 1:end + 1])
         return math.exp(logs[0] + (before - gap) / (before - after) * (logs[1] - logs[0]))
     return gaps.groupby(["width", "step"]).gap.mean().groupby("width").apply(lambda g: steps(g.droplevel("width")))

@@ -71,7 +71,9 @@ def in_words(values: pd.Series, unit: str) -> str: # such as "95.0 % ± 1.4 %" o
     if unit == "seeds": return f"{int(values.sum())} of {len(values)} seeds"
     failed, endless = int(values.isna().sum()), int((values.abs() == math.inf).sum())
     if failed == len(values): return f"no number in {failed} of {failed} seeds"
-    if endless: return f"infinite in {endless} of {len(values)} seeds"
+    if endless:
+        rest = ", ".join(_number(value, unit) for value in values[values.abs() < math.inf])
+        return f"infinite in {endless} of {len(values)} seeds" + f", else {rest}" * bool(rest)
     sd = values.std(ddof=1)
     spread = "" if math.isnan(sd) else f" ± {_number(sd, unit)}"
     return _number(values.mean(), unit) + spread + (f" ({failed} of {len(values)} without a number)" if failed else "")

@@ -45,7 +45,12 @@ def test_no_claim_is_changed_by_accident():
 def test_what_abl04_says_of_real_images_is_what_was_measured():
     gaps = twin_gaps(read_table(figure_files("abl04", "cifar"))).pivot(index="width", columns="epochs", values="gap")
     assert list(gaps.columns) == [15, 30, 60] and list(gaps.index) == [1, 2, 3]
-    assert (gaps[30] > gaps[15]).all() and (gaps[60] < gaps[15]).all() and (gaps.loc[2:, 60] > 0.1).all()
+    wide = gaps.loc[2:]
+    assert (wide[30] > wide[15] + 0.01).all() and (wide[60] < wide[30] - 0.01).all() and (wide[60] > 0.1).all()
+    assert abs(gaps.loc[2, 60] - gaps.loc[2, 15]) < 0.005 and (gaps.loc[1] < 0.05).all()
+    store = Store(home() / "no such folder", [home() / "results" / "cifar"])
+    runs = [store.load(p.config) for p in plan(Request("abl04", "cifar")) if p.config.dropout]
+    assert all(run.history.set_index("epoch").distinct_features[2] == 64 * run.config.width for run in runs)
 
 
 @pytest.mark.parametrize("wrong", [dict(init="hee"), dict(breaker="dropouts"), dict(inti="he")], ids=str)
