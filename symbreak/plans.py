@@ -135,7 +135,8 @@ def arithmetic_plan(profile: Profile) -> list[Planned]:
         kinds["float32, AVX2, depth 10"] = dict(onednn_isa="AVX2", depth=10, channels_last=False, device="cpu",
                                                 precision="float32")
     planned = [(kind, changes, switch) for kind, changes in kinds.items() for switch in (False, True)]
-    if profile.together: planned += [(kind, changes, True) for kind, changes in _TOGETHER.items()]
+    if profile.together:
+        planned += [(kind, changes | dict(train_size=profile.together), True) for kind, changes in _TOGETHER.items()]
     return [Planned(kind + ", deterministic" * deterministic,
                     replace(base, **changes, deterministic=deterministic, rerun=rerun), dict(arithmetic=kind))
             for kind, changes, deterministic in planned for rerun in (0, 1)

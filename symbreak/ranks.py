@@ -22,7 +22,7 @@ from torch import distributed
 
 from .config import Config, launched
 from .files import temporary_folder
-from .processes import start_process
+from .processes import start_processes
 from .team import Team
 
 # %% ../nbs/12c_ranks.ipynb #a11fbefe
@@ -72,7 +72,7 @@ def others(size: int, function: Callable, *arguments) -> Iterator[Path]: # the f
     "Ranks 1 to size - 1, which call a function of a module"
     with temporary_folder() as place:
         numbers = [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size)) for rank in range(1, size)]
-        started = [start_process(follow, (function, arguments), {MEETING: str(place)} | given) for given in numbers]
+        started = start_processes(follow, (function, arguments), [{MEETING: str(place)} | given for given in numbers])
         try:
             _wait(place, started)
             yield place

@@ -27,7 +27,7 @@ from .images import checked, images, seen
 from .journal import Journal, interruptible, resume, save_checkpoint
 from .memory import keep_freed_memory
 from .network import first_network, seed_of
-from .numerics import cpu_threads, numerics
+from .numerics import cpu_threads, fresh_compiler, numerics
 from .outcome import Run, save_run
 from .provenance import provenance, weights_digest
 from .quotient import expand
@@ -58,7 +58,7 @@ class Trainer:
         self.epoch, self.step = 0, 0  # how many are done
         self.noise = torch.Generator(device).manual_seed(seed_of(config, "noise"))
         self.model = first_network(config, data, device, self.noise)
-        if config.compile: torch.compiler.reset()  # or the third configuration of a process falls back to eager
+        if config.compile: fresh_compiler()
         self.forward = torch.compile(self.model) if config.compile else self.model
         if team.size > 1: self.forward = data_parallel(share_(self.model, team), team, config.allreduce)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum,
@@ -231,8 +231,8 @@ def train(config: Config, # what to train
     "Train one network; in a folder, go on where an earlier call stopped"
     device, folder = usable_device(config), None if folder is None else user_path(folder, "folder")
     if launched() == 1 and (run := _finished(folder, config, data)): return run
-    follow = train, config, None, None, None, checkpoint_every_s, data
     if data is None: data = images(config)
+    follow = train, config, None, None, None, checkpoint_every_s, data
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
          cpu_threads(config.operation_threads), \
          numerics(config.deterministic, config.precision == "tf32", config.benchmark) as switches, \

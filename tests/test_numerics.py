@@ -1,5 +1,7 @@
 """Switches for determinism: what they set, what they refuse, and that every one is put back."""
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,3 +71,11 @@ def test_a_stopwatch_is_not_deterministic():
         with numerics(deterministic=True, benchmark=True):
             pass
     assert switches() == before
+
+
+def test_the_switch_does_not_import_the_compiler():
+    """It would take almost a second of every process that trains."""
+    code = ("import sys; from symbreak.numerics import numerics\n"
+            "with numerics(deterministic=True) as state: assert state['use_deterministic_algorithms'] == 'error'\n"
+            "assert 'torch._inductor.config' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -159,9 +159,14 @@ def test_processes_that_rank_0_has_started_end_with_it_and_leave_nothing_for_goo
 
 
 def test_a_process_that_is_killed_ends_the_run_with_words_and_a_checkpoint(tmp_path, monkeypatch):
-    config, started = replace(SMALL, epochs=10_000, processes=3), []
-    monkeypatch.setattr(ranks, "start_process",
-                        lambda *args, start=ranks.start_process: started.append(start(*args)) or started[-1])
+    config, started, start = replace(SMALL, epochs=10_000, processes=3), [], ranks.start_processes
+
+    def noted(*args):
+        new = start(*args)
+        started.extend(new)
+        return new
+
+    monkeypatch.setattr(ranks, "start_processes", noted)
     with pytest.raises(ConnectionError, match="processes: another one of this run has ended"):
         train(config, tmp_path / "run", report=lambda epoch, _: epoch == 3 and started[1].kill())
     assert read_checkpoint(RunFiles(tmp_path / "run").checkpoint)["epoch"] >= 2
