@@ -126,7 +126,6 @@ _TOGETHER = {f"{count} processes{', in the order of ranks' * (how == 'ordered')}
 def arithmetic_plan(profile: Profile) -> list[Planned]:
     "abl03: precision, atomic additions, several processes, the switch for determinism, and most runs twice"
     few = _few_images(profile) if profile.emulates_noise else {}
-    if profile.compared_on: few = dict(train_size=profile.compared_on)
     precisions = ("float32", "float64") if profile.emulates_noise else ("tf32", "float32", "bf16")
     base = replace(profile.base, epochs=2, schedule="constant", measure_every=1, **few)
     kinds = {precision: dict(precision=precision) for precision in precisions}
@@ -136,7 +135,8 @@ def arithmetic_plan(profile: Profile) -> list[Planned]:
         kinds["float32, AVX2, depth 10"] = dict(onednn_isa="AVX2", depth=10, channels_last=False, device="cpu",
                                                 precision="float32")
     planned = [(kind, changes, switch) for kind, changes in kinds.items() for switch in (False, True)]
-    if profile.together: planned += [(kind, changes, True) for kind, changes in _TOGETHER.items()]
+    if profile.together:
+        planned += [(kind, changes | dict(train_size=profile.together), True) for kind, changes in _TOGETHER.items()]
     return [Planned(kind + ", deterministic" * deterministic,
                     replace(base, **changes, deterministic=deterministic, rerun=rerun), dict(arithmetic=kind))
             for kind, changes, deterministic in planned for rerun in (0, 1)

@@ -36,8 +36,7 @@ class Profile:
     step_noises: tuple[float, ...] = (ONE_ULP_RMS,)  # ... and at every step
     order: dict = field(default_factory=dict)  # changes to `leaky` where the order in which strings break is followed
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`
-    together: bool = False  # arithmetic is also that of several processes, which need a core each
-    compared_on: int | None = None  # images on which kinds of arithmetic are compared; None: at most 100 steps an epoch
+    together: int = 0  # images on which arithmetic is also that of several processes, with a core each; 0: it is not
     of: str = ""  # the profile that this is a variant of; empty: it is one itself
     changes: dict = field(default_factory=dict)  # field -> value, in which the variant differs from it
 
@@ -61,7 +60,7 @@ QUICK = Profile(
     leaky=Config(data="digits", **_LEAKY, width=1, epochs=10, batch_size=32, schedule="constant"),
     toy=Config(data="digits", **_TOY, epochs=40, measure_every=40, lr=0.02, batch_size=48),
     images=1437, seeds=3, widths=(1, 2), shares=(4, 1), growth=dict(width=1, epochs=30),
-    followed=("one-ulp gradient noise",), noises=(1e-3, 1e-6, 1e-9), together=True, compared_on=480)
+    followed=("one-ulp gradient noise",), noises=(1e-3, 1e-6, 1e-9), together=480)
 
 # %% ../nbs/20_profiles.ipynb #8631ebcb
 LADDER = replace(
