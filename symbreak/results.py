@@ -36,8 +36,9 @@ def _check_images(runs: list[Run]) -> None:
 def _provenance(runs: list[Run], profile: str) -> dict:
     "What the runs of a table have in common, as sorted lists"
     def distinct(key): return sorted({str(run.record[key]) for run in runs})
-    images = sorted({run.config.train_size for run in runs if run.config.train_size})
-    return dict(profile=profile, data=distinct("data"), images=[f"{n:,} training images" for n in images],
+    sizes = sorted({run.config.train_size or 0 for run in runs})  # 0: all
+    images = [f"{n:,} training images" if n else "all training images" for n in sizes if sizes != [0]]
+    return dict(profile=profile, data=distinct("data"), images=images,
                 device=distinct("device_name"), torch=distinct("torch"), commit=distinct("commit"),
                 seeds=sorted({run.config.seed for run in runs}))
 
