@@ -28,6 +28,12 @@ from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, in_full
 SAVED = ("csv", "png", "svg")  # what is written with the JSON, which knows their digests
 DRAW_AGAIN = "restore it, or delete it and let `symbreak reproduce` draw that figure again"
 
+def _noted(text: str) -> dict:
+    "What the JSON of a figure holds; ValueError if `save` has not written it so"
+    found = json.loads(text)
+    if isinstance(found, dict) and isinstance(found.get("files", {}), dict): return found
+    raise ValueError("files: allowed: names and digests")
+
 @dataclass(frozen=True)
 class FigureFiles:
     "The files of a figure at a profile"
@@ -49,9 +55,8 @@ class FigureFiles:
 
     def source(self) -> dict:
         "Where the figure comes from, and the digests of its files, as `save` noted; empty if that cannot be read"
-        try: found = json.loads(self.path("json").read_text(encoding="utf-8"))
+        try: return _noted(self.path("json").read_text(encoding="utf-8"))
         except (OSError, ValueError): return {}
-        return found if isinstance(found, dict) else {}
 
     def fits(self, kind: str) -> bool:
         "Whether a file is there as `save` wrote it, or at all if that was an older version, which noted no digests"
@@ -120,7 +125,7 @@ def read_source(path: Path) -> pd.DataFrame: # without rows
     "Where a figure comes from, as `save` wrote it, in the attrs of a table; ValueError if its small print is not there"
     table = pd.DataFrame()
     try:
-        table.attrs.update(json.loads(path.read_text(encoding="utf-8")))
+        table.attrs.update(_noted(path.read_text(encoding="utf-8")))
         table.attrs.pop("files", None)
         small_print(table)
     except (ValueError, TypeError, LookupError, AttributeError):
@@ -131,7 +136,9 @@ def _utf8(path: Path) -> str: return path.read_text(encoding="utf-8")
 
 def read_table(files: FigureFiles, read: Callable[[Path], str] = _utf8) -> pd.DataFrame:
     "Tidy data as `save` wrote it; ValueError if the rows are not those that the source was written for"
-    rows, attrs = read(files.path("csv")), json.loads(read(files.path("json")))
+    rows, path = read(files.path("csv")), files.path("json")
+    try: attrs = _noted(read(path))
+    except ValueError: raise ValueError(f"{path}: damaged, it is not what was saved; {DRAW_AGAIN}") from None
     kept = attrs.pop("files", {}).get("csv")
     if kept not in (None, bytes_digest(rows.encode())): raise files.damage("csv")
     table = pd.read_csv(StringIO(rows))
