@@ -24,7 +24,7 @@ GROWTH_CLAIMS = [
     *(Claim("fig09", f"the same for {what} at every step", prediction_error,
             (dict(source=source), dict(source=STEPWISE, noise=size)), high=1., profiles=profiles)
       for what, source, size, profiles in (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, _LADDERS),
-                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("ladder", "paper")),
+                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("ladder", "cifar", "paper")),
                                            *((f"noise of {eps:.2g}", gradient_noise(eps), eps, ("paper",))
                                              for eps in PAPER.step_noises))),
 ]

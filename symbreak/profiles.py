@@ -34,6 +34,7 @@ class Profile:
     followed: tuple[str, ...] = ("hardware noise (atomic additions)",)  # ... and that of these sources of asymmetry
     noises: tuple[float, ...] = (1e-3, 1e-6, 1e-9)  # sizes of that noise, at the start
     step_noises: tuple[float, ...] = (ONE_ULP_RMS,)  # ... and at every step
+    rate_noise: float = 1e-11  # ... and at the start, where the rate of growth is measured
     order: dict = field(default_factory=dict)  # changes to `leaky` where the order in which strings break is followed
     control_every: int | None = None  # epochs between measurements of the exact control; None: as `base`
     together: int = 0  # images on which arithmetic is also that of several processes, with a core each; 0: it is not
@@ -60,15 +61,15 @@ QUICK = Profile(
     leaky=Config(data="digits", **_LEAKY, width=1, epochs=10, batch_size=32, schedule="constant"),
     toy=Config(data="digits", **_TOY, epochs=40, measure_every=40, lr=0.02, batch_size=48),
     images=1437, seeds=3, widths=(1, 2), shares=(4, 1), growth=dict(width=1, epochs=30),
-    followed=("one-ulp gradient noise",), noises=(1e-3, 1e-6, 1e-9), together=480)
+    followed=("one-ulp gradient noise",), noises=(1e-3, 1e-6, 1e-9), rate_noise=1e-9, together=480)
 
 # %% ../nbs/20_profiles.ipynb #8631ebcb
 LADDER = replace(
     QUICK, name="ladder", says="embedded 8x8 digits, noise over almost ten decades, minutes on two CPU cores",
     only=("fig09",), growth=dict(width=1, epochs=50), step_noises=(ONE_ULP_RMS, 2. ** -24),
     noises=(5e-2, *(10. ** -n for n in range(2, 12))),
-    followed=("hardware noise (atomic additions)", "random order of additions", "one-ulp gradient noise",
-              "dropout 1 %"))
+    followed=("rounding of float64", "hardware noise (atomic additions)", "random order of additions",
+              "one-ulp gradient noise", "dropout 1 %"))
 
 # %% ../nbs/20_profiles.ipynb #3cf9c851
 _IMAGES = dict(data="folder:cifar10-jpeg")
@@ -80,7 +81,7 @@ CIFAR = Profile(
     leaky=Config(**_IMAGES, **_LEAKY, width=1, epochs=20, batch_size=64, train_size=5000, test_size=2000),
     toy=Config(**_IMAGES, **_TOY, epochs=20, measure_every=20, lr=0.004, batch_size=32, train_size=10000,
                test_size=5000),
-    images=10_000, seeds=3, growth=dict(epochs=10), noises=(1e-3, 1e-6, 1e-9),
+    images=10_000, seeds=3, growth=dict(epochs=10), noises=(1e-3, 1e-6, 1e-9), step_noises=(ONE_ULP_RMS, 2. ** -24),
     followed=("hardware noise (atomic additions)", "one-ulp gradient noise"))
 
 # %% ../nbs/20_profiles.ipynb #d534e4cf
