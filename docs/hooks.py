@@ -30,8 +30,8 @@ from reading_order import SECTIONS  # noqa: E402
 HIDDEN = re.compile(r"#\|\s*(hide|default_exp)\b")
 DIRECTIVES = re.compile(r"^#\|.*\n?", re.MULTILINE)
 STYLES = ("palette.css", "claims.css")  # shared with the report
-SCALES = {"quick": "digits", "ladder": "digits, ten decades", "cifar": "CIFAR-10, small", "full": "all of CIFAR-10",
-          "paper": "the paper's scale", "sprint": "the paper's network, in short"}
+SCALES = {"quick": "digits", "ladder": "digits, many sizes of noise", "cifar": "CIFAR-10, small",
+          "full": "all of CIFAR-10", "paper": "the paper's scale", "sprint": "the paper's network, in short"}
 SHOWS = {  # what the navigation calls a figure; one that is not here is called by the name of its file
     "fig01": "Distinct features of a toy network",
     "fig02": "Architecture",

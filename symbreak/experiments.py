@@ -110,7 +110,7 @@ EXPERIMENTS = {
                         ("width", "skip", "warmup", "lr"), seeds={"paper": 5}),
     "abl03": Experiment("What the arithmetic of the device does to identical features", arithmetic_plan, digest_rows,
                         ("precision", "reduction", "onednn_isa", "deterministic", "rerun", "processes", "allreduce")),
-    "abl04": Experiment("Identical features of wider networks catch up later, by length of the run",
+    "abl04": Experiment("Wider networks stay further behind their twin, by length of the run",
                         lengths_plan, last_row, ("init", "breaker", "width", "epochs"), seeds={"cifar": 1}),
     "abl05": Experiment("How fast what is unequal grows: by learning rate, number of steps and width",
                         rates_plan, rate_row, ("lr", "batch_size", "width", "depth"), seeds={"paper": 3}),

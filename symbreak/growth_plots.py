@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from .drawing import COLOURS, legend_right, spread
+from .plans import ROUNDING
 from .summaries import break_times, noise_like
 
 # %% ../nbs/30a_growth_plots.ipynb #5b825c03
@@ -48,9 +49,13 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     line = spread(predicted[all_broke], ["noise"], "epochs").sort_values("noise")
     ax.plot(line.noise, line["mean"], color=COLOURS[1], label="three copies")
     ax.fill_between(line.noise, line.low, line.high, color=COLOURS[1], alpha=0.15, linewidth=0)
+    if ROUNDING in sources:
+        alone = break_times(sources.pop(ROUNDING))
+        ax.axhspan(alone.min(), alone.max(), color="0.5", alpha=0.25, linewidth=0, label=f"{ROUNDING} alone")
     for colour, (source, rows) in zip(COLOURS[2:], sources.items()):
         like = noise_like(rows, ladder)
-        label = source + " (beyond the ladder)" * like.isna().all()
+        outside = f"{like.isna().sum()} of {len(like)} " * like.notna().any() + "beyond the ladder"
+        label = source + f"\n({outside})" * like.isna().any()
         ax.plot(like, break_times(rows), "*", color=colour, markersize=9, label=label)
     for name, floor in FLOORS.items():
         ax.axvline(floor, color="0.5", linewidth=0.8, linestyle=":")
@@ -72,10 +77,11 @@ def rates(table: pd.DataFrame, # rows of abl05: columns lr, batch_size, width, d
     for colour, (name, words) in zip(COLOURS, _VARIED.items()):
         rows = spread(alone(name), [name], "rate").sort_values(name)
         factor = rows[name] / usual[name]
-        ax.plot(factor, rows["mean"], "o-", color=colour, markersize=4, label=f"{words} (×1: {usual[name]:g})")
-        ax.fill_between(factor, rows.low, rows.high, color=colour, alpha=0.15, linewidth=0)
-        some = rows.n.between(1, table.seed.nunique() - 1)
-        ax.plot(factor[some], rows["mean"][some], "o", color=colour, **hollow)
+        full = rows.n == table.seed.nunique()
+        ax.plot(factor, rows["mean"].where(full), "o-", color=colour, markersize=4,
+                label=f"{words} (×1: {usual[name]:g})")
+        ax.fill_between(factor, rows.low, rows.high, where=full, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(factor[~full], rows["mean"][~full], "o", color=colour, **hollow)
     if table.rate.isna().any(): ax.plot([], [], "o", color="0.4", label="not all seeds have a rate", **hollow)
     middle = alone("width")[lambda t: t.width == usual.width].rate.mean()
     for factor, label in (((0.5, 2), "in proportion"), ((2, 0.5), "inversely")):

@@ -119,7 +119,8 @@ def claims_page(verdicts: pd.DataFrame) -> str: # Markdown
     "The page with every claim at every profile"
     about = ("A claim is *reproduced* if the band holds the mean over seeds of what was measured (± standard\n"
              "deviation) with a standard error to spare on either side, and *marginal* if an end of the band is no\n"
-             "further from the mean than that error, so that other seeds may decide otherwise. Written by\n"
+             "further from the mean than that error, so that other seeds may decide otherwise. One seed has no\n"
+             "standard error: its number alone decides. Written by\n"
              "`python tools/write_claims.py` from the data beside the figures and, for figures that still lack runs,\n"
              "from `results/`.")
     return (f"# All claims\n\n{about}\n\n" + sources(verdicts, PROFILES) + "\n"

@@ -26,7 +26,7 @@ from .train import train
 
 # %% ../nbs/15_prediction.ipynb #5e30d482
 _APART = {"ConstNet": 1e-14, "LeakyNet": 1e-11}  # at the start, where noise comes at every step
-LEAST = 1e-11  # relative noise that the rounding of float64 does not drown
+LEAST = 1e-11  # relative noise that the rounding of float64 does not drown from the first
 _OFF = dict(dropout=0., gradient_ulps=0, reduction="hardware", reduction_chunks=4, ulp_layer="", ulp_step=0,
             input_noise=0., deterministic=False, compile=False, benchmark=False, threads=1, channels_last=False,
             device="cpu", onednn_isa="default", rerun=0, measure_steps=0, processes=1, allreduce="default")

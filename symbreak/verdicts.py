@@ -75,7 +75,7 @@ def in_words(values: pd.Series, unit: str) -> str: # such as "95.0 % ± 1.4 %" o
         rest = ", ".join(_number(value, unit) for value in values[values.abs() < math.inf])
         return f"infinite in {endless} of {len(values)} seeds" + f", else {rest}" * bool(rest)
     sd = values.std(ddof=1)
-    spread = "" if math.isnan(sd) else f" ± {_number(sd, unit)}"
+    spread = " (one seed)" if len(values) == 1 else "" if math.isnan(sd) else f" ± {_number(sd, unit)}"
     return _number(values.mean(), unit) + spread + (f" ({failed} of {len(values)} without a number)" if failed else "")
 
 def _estimate(values: pd.Series) -> tuple[float, float, float]: # mean, its standard error, rounding of their sum
