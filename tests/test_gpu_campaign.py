@@ -259,14 +259,15 @@ def test_the_commit_of_a_copy_without_git_can_be_told(monkeypatch):
 
 
 NETWORKS = pytest.mark.parametrize(
-    "make", [lambda: ConstNet(16, 10, in_channels=1), lambda: ConstNet(16, 10, 10, 1, "he"),
-             lambda: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=1)], ids=["ConstNet", "He", "LeakyNet"])
+    "make", [lambda colours: ConstNet(16, 10, in_channels=colours),
+             lambda colours: ConstNet(16, 10, in_channels=colours, init="he"),
+             lambda colours: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=colours)], ids=["ConstNet", "He", "LeakyNet"])
 
 
 @NETWORKS
 def test_a_step_at_full_size_mixes_no_devices(make):
     """On the meta device, where shapes, dtypes and devices are all there is: loader, network, loss, gradients."""
-    net = make().to("meta")
+    net = make(1).to("meta")
     x, y = next(iter(load("digits").to("meta").loader("train", 32, augment="crop_flip")))
     F.cross_entropy(net(x), y).backward()
     assert {p.grad.device.type for p in net.parameters()} == {"meta"}
@@ -281,20 +282,20 @@ def test_all_measures_at_full_size_stay_on_their_device_until_they_leave_it(make
         measured.update(tensors)
         return {what: torch.ones(t.shape).tolist() for what, t in tensors.items()}
     monkeypatch.setattr(diversity, "_together", leave)
-    diversity.measure(make().to("meta"), torch.empty(32, 1, 32, 32, device="meta"))
+    diversity.measure(make(3).to("meta"), torch.empty(32, 3, 32, 32, device="meta"))
     assert {t.device.type for t in measured.values()} == {"meta"} and len(measured) > 40
 
 
 @NETWORKS
 def test_a_forward_pass_and_its_loss_on_cuda_tensors_that_are_not_there(make):
     """As far as a torch without CUDA lets fake ones go: no gradients, and batch norm as it is in evaluation."""
-    with torch.device("meta"): net = make().eval()
+    with torch.device("meta"): net = make(3).eval()
     with FakeTensorMode(), torch.no_grad():
         for module in net.modules():
             for name, own in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 delattr(module, name)
                 module.register_buffer(name, torch.empty(own.shape, dtype=own.dtype, device="cuda"))
-        x, y = torch.empty(32, 1, 32, 32, device="cuda"), torch.empty(32, dtype=torch.long, device="cuda")
+        x, y = torch.empty(32, 3, 32, 32, device="cuda"), torch.empty(32, dtype=torch.long, device="cuda")
         assert F.cross_entropy(net(x), y).device.type == "cuda"
         with pytest.raises(RuntimeError, match="device"): F.cross_entropy(net(x), y.cpu())
 
