@@ -261,7 +261,8 @@ def test_the_commit_of_a_copy_without_git_can_be_told(monkeypatch):
 NETWORKS = pytest.mark.parametrize(
     "make", [lambda colours: ConstNet(16, 10, in_channels=colours),
              lambda colours: ConstNet(16, 10, in_channels=colours, init="he"),
-             lambda colours: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=colours)], ids=["ConstNet", "He", "LeakyNet"])
+             lambda colours: LeakyNet("1_iiii_11ii_iiii", 16, 10, in_channels=colours)],
+    ids=["ConstNet", "He", "LeakyNet"])
 
 
 @NETWORKS
