@@ -31,8 +31,13 @@ GUARDS = {  # module -> files of tests/ that concern it, the quickest first
     "train": "nothing_moved recipe train",
     "records": "any_input damage cli train",
     "runs": "recipe runs",
+    "images": "data damage train",
+    "journal": "damage train",
+    "outcome": "damage runs train",
     "claims": "readme claims",
     "growth_claims": "readme claims",
+    "verdicts": "readme claims report",
+    "summaries": "readme claims",
 }
 STILLBORN = "cannot be imported"
 CELL = re.compile(r"^# %% (\S+) #(\w+)\n", re.MULTILINE)
