@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .files import advice, locked, own_checkout, refusal, temporary_folder, user_path
+from .memory import is_short_of_memory
 from .pictures import RULES, picture
 
 # %% ../nbs/10_cache.ipynb #aebbfa12
@@ -62,7 +63,9 @@ def _read(path, key):
     try:
         stored = torch.load(path, weights_only=True)
         intact = stored["digest"] in _digests(stored["content"])
-    except Exception: intact = False  # a damaged file makes torch.load raise a dozen different types
+    except Exception as e:  # a damaged file makes torch.load raise a dozen different types
+        if isinstance(e, PermissionError) or is_short_of_memory(e): raise
+        intact = False
     if not intact: raise DataError(f"{path}: damaged cache file; delete it, and it is made again")
     return stored["content"] if stored["key"] == key else None
 

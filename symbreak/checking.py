@@ -17,6 +17,9 @@ from pathlib import Path
 
 import tyro
 
+from .files import user_path
+from .memory import is_short_of_memory
+
 # %% ../nbs/33a_checking.ipynb #8ccc63bb
 def _arguments(options: tuple[str, ...]) -> dict: # keyword arguments
     "Options such as num_classes=10 as Python values; what is no literal stays a string"
@@ -63,10 +66,12 @@ def make_batch(shape: str, size: int, tokens: int, dtype: "torch.dtype") -> "tor
 def read_batch(path: Path): # a tensor, a pair, or a dict
     "What a file holds"
     import torch
+    path = user_path(path, "batch")
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f"batch: {path} cannot be read ({type(e).__name__}); allowed: tensors, "
-                                            "as torch.save writes them") from e
+    except Exception as e:
+        if isinstance(e, (FileNotFoundError, PermissionError)) or is_short_of_memory(e): raise
+        raise ValueError(f"batch: {path} cannot be read ({type(e).__name__}); allowed: tensors, as torch.save writes "
+                         "them") from e
 
 # %% ../nbs/33a_checking.ipynb #058f3bc5
 @dataclass

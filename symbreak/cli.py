@@ -19,8 +19,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .memory import memory_advice
 from .processes import terminable
-from .terminal import console, print_damage
+from .terminal import console, print_damage, unheard_at_will
 
 # %% ../nbs/34_cli.ipynb #52383bcf
 Folder = Annotated[str | None, tyro.conf.arg(metavar="PATH")]
@@ -272,17 +273,18 @@ def guarded(do: Callable[[], int],
             resumes: bool, # after an interrupt the same command goes on
 ) -> int: # exit code
     "Do it, and say in one line what went wrong; SIGTERM interrupts it as Ctrl-C does"
+    code = 0  # also where the reader of our output has seen enough before there is another
     try:
-        with terminable(): return do()
-    except BrokenPipeError: return 0  # the reader of our output has seen enough
+        with unheard_at_will(), terminable(): code = do()
     except KeyboardInterrupt as e:
         where = str(e) or "after the last whole epoch" * resumes
         print("symbreak: interrupted" + f"; the same command goes on {where}" * bool(where), file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
         if os.environ.get("SYMBREAK_DEBUG"): raise
-        print(f"symbreak: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+        print(f"symbreak: error: {' '.join(str(e).split()) or type(e).__name__}{memory_advice(e)}", file=sys.stderr)
         return 2
+    return code
 
 # %% ../nbs/34_cli.ipynb #c3b4652c
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

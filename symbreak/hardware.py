@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -212,32 +213,36 @@ def _with_processes(table: "pandas.DataFrame", fresh: list[list[str]], again: li
                         ).drop(columns="digest")
 
 # %% ../nbs/08_hardware.ipynb #1c97fd8f
-def save_probe(table: "pandas.DataFrame", path: str | Path) -> None:
+def save_probe(table: "pandas.DataFrame", path: str | Path | BinaryIO, # or a file that is open for writing
+) -> None:
     "Write a probe as JSON: the machine, the load, and the rows"
     rows = json.loads(table.to_json(orient="records", double_precision=15))
-    Path(path).write_text(json.dumps(table.attrs | dict(rows=rows), indent=1) + "\n")
+    text = json.dumps(table.attrs | dict(rows=rows), indent=1) + "\n"
+    if hasattr(path, "write"): path.write(text.encode())
+    else: Path(path).write_text(text)
 
 # %% ../nbs/08_hardware.ipynb #923cfd49
+CASE = ["op", "shape", "dtype", "memory_format", "threads", "setting"]  # columns that say which case a row is
+_COMPARED = [*SIZES, "distinct", "tile"]
+
 def read_probe(path: str | Path) -> "pandas.DataFrame":
     "A probe that `save_probe` wrote"
     import pandas as pd
-    try: kept = json.loads(Path(path).read_text())
-    except ValueError: kept = {}
-    if not isinstance(kept, dict) or not {"machine", "rows"} <= kept.keys():
-        raise ValueError(f"probe: {path} is none; allowed: a file that symbreak probe --json wrote")
-    table = pd.DataFrame(kept["rows"])
+    try:
+        kept = json.loads(Path(path).read_text())
+        table = pd.DataFrame(kept["rows"])
+        is_one = "machine" in kept and {*CASE, *_COMPARED} <= set(table)
+    except (ValueError, TypeError, KeyError): is_one = False  # no JSON, no object, or no table in it
+    if not is_one: raise ValueError(f"probe: {path} is none; allowed: a file that symbreak probe --json wrote")
     verdicts = {name: table[name].astype(object).where(table[name].notna(), None) for name in SIZES}
     table = table.assign(**verdicts)
     table.attrs |= {name: kept.get(name, {}) for name in ("machine", "load", "missed")}
     return table
 
-CASE = ["op", "shape", "dtype", "memory_format", "threads", "setting"]  # columns that say which case a row is
-
 def compared(a: "pandas.DataFrame", b: "pandas.DataFrame") -> "pandas.DataFrame": # columns NAME_a, NAME_b
     "The cases on whose verdicts or tiles two machines do not agree"
-    shown = [*SIZES, "distinct", "tile"]
-    both = a[CASE + shown].merge(b[CASE + shown], on=CASE, suffixes=("_a", "_b"))
+    both = a[CASE + _COMPARED].merge(b[CASE + _COMPARED], on=CASE, suffixes=("_a", "_b"))
     if both.empty: raise ValueError("compare: no case in common; allowed: two probes of the same shapes")
     def known(name, side): return both[f"{name}_{side}"].astype(object).where(both[f"{name}_{side}"].notna(), "")
-    differ = sum(known(name, "a") != known(name, "b") for name in shown)
+    differ = sum(known(name, "a") != known(name, "b") for name in _COMPARED)
     return both[differ > 0].reset_index(drop=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'jobs_folder', 'failure_file', 'ticket_file', 'failures', 'note_failure', 'is_alive', 'TrainJob', 'Jobs',
-           'states', 'run_jobs']
+           'states', 'whereabouts', 'run_jobs']
 
 # %% ../nbs/16_jobs.ipynb #240719e9
 import json
@@ -219,8 +219,10 @@ class Jobs:
 
     def cancel(self) -> None:
         "Stop what is at work on this machine; what Slurm has goes on, and is found by the next call"
-        if self.engine.kind == "local":
-            for job in self.at_work: job.cancel()
+        if self.engine.kind != "local": return
+        for job in self.at_work: job.cancel()
+        deadline = time.monotonic() + 5  # they save what they have, or are killed by submitit after a second
+        while not all(job.done() for job in self.at_work) and time.monotonic() < deadline: time.sleep(0.05)
 
 def _clear(job) -> None:
     "Remove what submitit has written for a job that went well"
@@ -237,6 +239,17 @@ def states(jobs: Jobs) -> dict[Config, str]: # one of STATES
     found = dict.fromkeys(jobs.configs, "paused") | dict.fromkeys(jobs.queue, "queued")
     found |= {ours.config: at_work(job) for job, ours in jobs.at_work.items()}
     return found | dict.fromkeys(jobs.failed, "failed") | dict.fromkeys(jobs.finished, "done")
+
+# %% ../nbs/16_jobs.ipynb #cbaada4d
+def whereabouts(runs: dict[Config, str], # what to call each of them
+                store: Store, engine: Engine | None = None, # that trains them; None: this machine does, without one
+                most: int = 8, # so many are named
+) -> str: # how "the same command goes on" ends
+    "After which epochs the runs go on that are under way; empty where there is none"
+    if engine is not None and engine.kind == "slurm": return "with the jobs that Slurm still has"
+    begun = [config for config in runs if 0 < store.epochs_done(config) < config.epochs]
+    said = [f"after epoch {store.saved_epochs(c)} of {c.epochs} ({runs[c]})" for c in begun[:most]]
+    return ", ".join(said) + f", and {len(begun) - most} more" * (len(begun) > most)
 
 # %% ../nbs/16_jobs.ipynb #6b6645f0
 def run_jobs(configs: list[Config], # runs that are wanted

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import Config
 from .data import Dataset
 from .files import user_path
+from .memory import is_short_of_memory
 from .network import first_network
 from .provenance import weights_digest
 from .records import (RunFiles, check_files, keeps_checkpoint, read_lines, read_record, recorded_config, sealed,
@@ -79,6 +80,7 @@ def read_weights(record: dict, folder: Path) -> dict[str, Tensor]: # on the CPU
     check_files(record, path)
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load knows a dozen ways to fail
+        if isinstance(e, PermissionError) or is_short_of_memory(e): raise  # not the file's fault
         raise ValueError(f"{path}: damaged ({type(e).__name__}); delete {folder} to train that run again") from None
 
 def restored(config: Config, record: dict, folder: Path) -> nn.Module: # on the CPU, in eval mode

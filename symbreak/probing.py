@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checking import make_model
+from .files import user_path
 from .terminal import console, print_table, progress_bar
 
 # %% ../nbs/33b_probing.ipynb #9d1f2060
@@ -47,16 +48,21 @@ def show(table: "pandas.DataFrame", reruns: int) -> None: # table: of `symbreak.
 def show_differences(a: Path, b: Path) -> None: # files of `--json`
     "Print on what two machines do not agree"
     from symbreak.hardware import compared, read_probe
-    tables = dict(a=read_probe(a), b=read_probe(b))
+    tables = {letter: read_probe(user_path(path, "compare")) for letter, path in (("a", a), ("b", b))}
     differ = compared(*tables.values())
     for letter, table in tables.items(): console().print(f"{letter}: {table.attrs['machine']}")
     if len(differ): print_table(differ, f"{len(differ)} cases differ", bad=())
     else: console().print("No verdict differs.")
 
 # %% ../nbs/33b_probing.ipynb #515e449e
-def _check_folder(path: Path) -> None:
-    "Refuse a file that cannot be written, before anything is measured"
+def _file(path: Path | None, option: str) -> Path | None:
+    "A file to write; one that cannot be written is refused before anything is measured"
+    from symbreak.campaign import check_file
+    if path is None: return None
+    path = user_path(path, option)
     if not path.parent.is_dir(): raise ValueError(f"{path}: no folder {path.parent}; allowed: an existing folder")
+    check_file(path, option)
+    return path
 
 @dataclass
 class Probe:
@@ -92,13 +98,14 @@ class Probe:
 
     def __call__(self) -> int:
         from symbreak.hardware import concerned, save_probe
+        from symbreak.records import write_atomic
         if self.compare: return show_differences(*self.compare) or 0
         concerns = [name for name in self.fail_on.split(",") if name]
-        for path in filter(None, (self.json, self.csv)): _check_folder(path)
+        as_json, as_csv = _file(self.json, "json"), _file(self.csv, "csv")
         table = self.measured(concerns)
+        if as_json: write_atomic(as_json, lambda f: save_probe(table, f))  # before anything can fail to print
+        if as_csv: write_atomic(as_csv, lambda f: table.to_csv(f, index=False))
         show(table, self.reruns)
-        if self.json: save_probe(table, self.json)
-        if self.csv: table.to_csv(self.csv, index=False)
         found = concerned(table, *concerns)
         if len(found): console().print(f"--fail-on {self.fail_on}: {len(found)} cases")
         return 1 if len(found) else 0

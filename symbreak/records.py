@@ -25,6 +25,7 @@ import torch
 
 from .config import Config
 from .files import advice, locked, refusal
+from .memory import is_short_of_memory
 
 # %% ../nbs/12_records.ipynb #3ed6b085
 @contextmanager
@@ -42,6 +43,9 @@ def write_atomic(path: Path, # final place; its folder must exist
 ) -> None:
     "Write a file so that a reader sees all of it or nothing"
     path = Path(path)
+    if path.exists() and not path.is_file(): # a rename would put a file in place of a pipe
+        with writing(path), open(path, "wb") as f: return write(f)
+    path = path.resolve() # else a link would become a file, and what it leads to stay old
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):  # by processes that were killed while they wrote
         with suppress(OSError):
@@ -180,8 +184,8 @@ def read_checkpoint(path: Path) -> dict:
     try:
         if not old and head + b"\n" != _head(saved): raise ValueError("digest")
         return torch.load(io.BytesIO(whole if old else saved), map_location="cpu", weights_only=True)
-    except MemoryError: raise  # not the file's fault
     except Exception as e:  # RuntimeError, EOFError, UnpicklingError, ...
+        if is_short_of_memory(e): raise  # not the file's fault
         raise ValueError(f"checkpoint: {path} cannot be read ({type(e).__name__}); "
                          "delete it to start that run again") from None
 

@@ -92,12 +92,15 @@ class Store:
                 found[other.epochs] = path
         return found[max(found)] if found else None
 
-    def history(self, configs: Iterable[Config], names: Iterable[str] | None = None) -> "pandas.DataFrame":
+    def history(self, configs: Iterable[Config], names: Iterable[str] | None = None,
+    ) -> "pandas.DataFrame": # attrs["unchecked"]: labels of images that are not at hand, and were not compared
         "A row per finished run and measured epoch; `names` of fields are columns, None: those that differ"
         configs, names = list(dict.fromkeys(configs)), None if names is None else tuple(names)
         for name in names or (): check_field(name, "names")
         with one_look(): runs = {config: run for config in configs if (run := self.load(config)) is not None}
-        return histories(runs, differing(configs) if names is None else names)
+        table = histories(runs, differing(configs) if names is None else names)
+        table.attrs["unchecked"] = sorted({run.record["data"] for run in runs.values() if run.unchecked})
+        return table
 
     def epochs_done(self, config: Config) -> int:
         "Epochs that are on disk; more than a checkpoint may hold, so for displays only: damage counts as nothing"
@@ -270,7 +273,7 @@ def execute(configs: list[Config], # runs that are wanted, in the order in which
 ) -> list[Run]: # the finished runs, in the order of `configs`; paused ones are missing
     "Train what is not finished yet"
     budget = Budget.of(budget_s)
-    missing = [c for c in dict.fromkeys(configs) if store.find(c) is None]
+    with one_look(): missing = [c for c in dict.fromkeys(configs) if store.load(c) is None]  # an error comes first
     on_cpu = [c for c in missing if resolve_device(c.device).type == "cpu"]
     if on_cpu: _train_in_parallel(on_cpu, store, workers or default_workers(), budget, tick)
     _train_here([c for c in missing if c not in on_cpu], store, budget, tick)

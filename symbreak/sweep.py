@@ -15,8 +15,9 @@ from dataclasses import replace
 from itertools import product
 
 from .config import Config
-from .engines import Engine, import_submitit
-from .jobs import STATES, Jobs, failure_file, failures, run_jobs, states
+from .engines import Engine, as_engine, import_submitit
+from .jobs import STATES, Jobs, failure_file, failures, run_jobs, states, whereabouts
+from .memory import memory_advice
 from .runs import Store, default_store
 from .values import check_field, kinds_of, read_value
 
@@ -38,10 +39,12 @@ def grid_configs(base: Config, grid: dict[str, object]) -> list[Config]: # field
 # %% ../nbs/17_sweep.ipynb #3821dfb5
 MOST = 100_000  # values of a field
 
+_COMMA = "\0"  # one of a value, which no path can hold
+
 def _read_all(name: str, text: str) -> list:
     "The values between commas, and the rows of whole numbers between their ends"
     kinds, values = kinds_of(name), []
-    for part in text.split(","):
+    for part in [part.replace(_COMMA, ",") for part in text.split(",")]:
         first, dots, last = part.partition("..")
         is_row = dots and int in kinds and float not in kinds
         ends = [read_value(name, end, "grid", (int,)) for end in (first, last)] if is_row else []
@@ -54,7 +57,7 @@ def _read_all(name: str, text: str) -> list:
 def parse_grid(text: str) -> dict[str, list]: # field -> its values
     "A grid from the command line, such as `width=1,2,4 seed=0..4`"
     grid = {}
-    try: parts = shlex.split(text)
+    try: parts = shlex.split(text.replace("\\,", _COMMA))
     except ValueError as e: raise ValueError(f"grid: {text!r} ({e}); allowed: quotes in pairs") from None
     for part in parts:
         name, is_given, values = part.partition("=")
@@ -136,14 +139,20 @@ def sweep(base: Config = Config(), # what all runs share
           store: Store | None = None, # where runs live; None: default_store()
           retry: bool = False, # train again what failed before
           **grid, # fields of Config: a value, or several
-) -> "pandas.DataFrame": # a row per run and measured epoch; attrs: failed (run -> why), missing (runs not finished)
+) -> "pandas.DataFrame": # as Store.history; attrs: failed (run -> why), missing (runs not finished) too
     "Train every combination of the values, each as a job, and return what was measured"
-    configs, store = grid_configs(base, grid), store or default_store()
-    with Board(grid) as board: runs = run_jobs(configs, store, engine, retry, tick=board.show)
+    configs, store, engine = grid_configs(base, grid), store or default_store(), as_engine(engine)
+    try:
+        with Board(grid) as board: runs = run_jobs(configs, store, engine, retry, tick=board.show)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(whereabouts({c: _called(c, grid) for c in configs}, store, engine)) from None
     table = store.history(configs, tuple(grid))
+    for label in table.attrs["unchecked"]:
+        print(f"not compared: the images of {label}, which are not at hand", file=sys.stderr)
     failed = failures(configs, store)
     for config, why in failed.items():
-        print(f"failed: {_called(config, grid)}: {why} ({failure_file(store, config)})", file=sys.stderr)
+        file = failure_file(store, config)
+        print(f"failed: {_called(config, grid)}: {why}{memory_advice(why)} ({file})", file=sys.stderr)
     table.attrs.update(failed={_called(config, grid): why for config, why in failed.items()},
                        missing=len(configs) - len(runs))
     return table

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .campaign import check_writable
+from .campaign import check_file, check_writable
 from .config import Config
 from .costs import cost_table
 from .files import past_damage, user_path
@@ -72,14 +72,12 @@ def sweep_verb() -> type:
 def sweep_one(base: Config, grid: dict, engine: Engine, store: Store, retry: bool, out: str | None) -> int: # exit code
     "Train a grid and show its last epochs"
     out = None if out is None else user_path(out, "out")
-    if out is not None and (out.is_dir() or not out.name):
-        raise ValueError(f"out: {str(out)!r} is a folder; allowed: the name of a file")
     configs = grid_configs(base, grid)  # wrong options leave nothing behind
+    if out is not None: check_file(out, "out")
     if not all(map(store.find, configs)): check_writable(Path(store.root), "--runs")
-    if out is not None: check_writable(out.parent, "--out")
     table = sweep(base, engine=engine, store=store, retry=retry, **grid)
+    if out is not None: write_atomic(out, lambda f: table.to_csv(f, index=False))  # before anything can fail to print
     if len(table): print_last(table)
-    if out is not None: write_atomic(out, lambda f: table.to_csv(f, index=False))
     return 1 if table.attrs["missing"] else 0
 
 # %% ../nbs/33d_sweeping.ipynb #6ee08f3c

@@ -85,6 +85,49 @@ def test_sigterm_is_heard_while_a_verb_is_imported(verb, said):
     assert (done.returncode, done.stderr) == (130, f"symbreak: interrupted{said}\n")
 
 
+GRID = ["sweep", *SMALL, "--grid", "seed=0", "--engine", "debug", "--runs", "runs"]
+LAYER = ["probe", "--from-model", "torch.nn:Linear", "--options", "in_features=3", "out_features=3", "--input", "3",
+         "--batches", "4", "--reruns", "1", "--processes", "0"]
+
+
+@pytest.mark.parametrize("argv, code, written, unbuffered", [
+    (["--help"], 0, [], ""), (["help", "list"], 0, [], ""), (["--version"], 0, [], ""), (["--version"], 0, [], "1"),
+    (["list"], 0, [], ""), (["plan", "quick", "fig11", "--no-stopwatch"], 0, [], "1"), (["frobnicate"], 2, [], ""),
+    ([*GRID, "--out", "o.csv"], 0, ["o.csv"], ""),
+    ([*LAYER, "--json", "p.json", "--csv", "p.csv"], 0, ["p.json", "p.csv"], "")])
+def test_a_reader_that_has_left_is_no_error_and_takes_no_file_away(tmp_path, argv, code, written, unbuffered):
+    process = subprocess.Popen([sys.executable, "-m", "symbreak", *argv], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
+                               env=os.environ | dict(PYTHONUNBUFFERED=unbuffered))
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=120) == code and "BrokenPipe" not in said and "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} - {"runs"} == set(written)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_full_disk_behind_standard_output_takes_no_file_away(tmp_path):
+    asked = ([*GRID, "--out", "o.csv"], {"o.csv"}), ([*LAYER, "--json", "p.json"], {"p.json"}), (["--version"], set())
+    for argv, written in asked:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "symbreak", *argv], stdout=full, stderr=subprocess.PIPE,
+                                  text=True, cwd=tmp_path, env=os.environ | dict(PYTHONUNBUFFERED=""))
+        assert done.returncode == 2 and done.stderr.endswith("No space left on device\n")
+        assert "Traceback" not in done.stderr and written <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("no room"), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 9 bytes.\nError code 12 (Cannot allocate memory)")])
+def test_too_little_memory_names_the_options_that_want_less(capsys, tmp_path, monkeypatch, error):
+    def refuse(*_, **__): raise error
+    monkeypatch.setattr("symbreak.training.train", refuse)
+    said = fails(capsys, "train", *SMALL, "--folder", tmp_path / "run")
+    assert str(error).split(".")[0] in said
+    assert said.endswith("; memory is short: choose a smaller width, depth or batch size")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu(capsys):
     assert "device: 'cuda', but torch sees 0 CUDA devices" in fails(capsys, "train", "--device", "cuda")
@@ -113,7 +156,13 @@ def test_a_tilde_is_home_wherever_a_path_may_stand(capsys, tmp_path, monkeypatch
     monkeypatch.setenv("SYMBREAK_RUNS", "~/more")
     run(capsys, "train", *SMALL)
     assert str(tmp_path / "home" / "images") in fails(capsys, "train", "--data=folder:~/images", "--folder=~/run2")
-    assert {path.name for path in (tmp_path / "home").iterdir()} >= {"run", "runs", "figures", "more"}
+    assert run(capsys, *LAYER, "--json=~/p.json", "--csv=~/p.csv")[0] == 0
+    assert run(capsys, "probe", "--compare", "~/p.json", "~/p.json")[0] == 0
+    torch.save(torch.ones(2, 3), tmp_path / "home" / "batch.pt")
+    check = ["check", "torch.nn:Linear", "--options", "in_features=3", "out_features=3", "--no-probe"]
+    assert run(capsys, *check, "--batch=~/batch.pt")[0] == 0
+    left = {path.name for path in (tmp_path / "home").iterdir()}
+    assert left >= {"run", "runs", "figures", "more", "p.json", "p.csv"}
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 

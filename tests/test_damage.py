@@ -11,16 +11,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from symbreak import cache, cli, records
+from symbreak.campaign import check_file
 from symbreak.checking import read_batch
 from symbreak.config import Config
 from symbreak.data import load
 from symbreak.experiments import Request, plan
 from symbreak.measurements import archived_measurement, kept_measurement, take_measurement
-from symbreak.outcome import Run
+from symbreak.outcome import Run, read_weights
 from symbreak.records import (RunFiles, append_line, check_files, read_checkpoint, read_record, read_sealed,
                               write_atomic)
 from symbreak.files import home, past_damage
@@ -201,6 +203,24 @@ def test_no_bit_of_a_cache_can_change_unseen(tmp_path, damages):
     assert kept()["classes"] == content["classes"]
 
 
+@pytest.mark.parametrize("error, says", [
+    (MemoryError("no room"), "no room"), (RuntimeError("can't allocate memory: 3 bytes"), "can't allocate memory"),
+    (PermissionError(13, "Permission denied", "x.pt"), "Permission denied: 'x.pt'")])
+def test_a_file_is_not_called_damaged_for_want_of_memory_or_permission(tmp_path, monkeypatch, error, says):
+    config, path = replace(TINY, epochs=1), tmp_path / "images.pt"
+    Store(tmp_path).train(config, stop=lambda: True)
+    run, files = Store(tmp_path).train(config), RunFiles(Store(tmp_path).folder(config))
+    cache._store(path, "key", dict(zip(cache.TENSORS, load().subset(40, 20).tensors)))
+    records.write_checkpoint(files.checkpoint, dict(epoch=1))
+    def refuse(*_, **__): raise error
+    monkeypatch.setattr(torch, "load", refuse)
+    reads = [lambda: cache._read(path, "key"), lambda: read_weights(run.record, files.folder), lambda: read_batch(path)]
+    if not isinstance(error, OSError): reads.append(lambda: read_checkpoint(files.checkpoint))  # opened without torch
+    for read in reads:
+        with pytest.raises(type(error), match=says) as raised: read()
+        assert raised.value is error
+
+
 # written whole or not at all
 
 def test_who_reads_while_a_file_is_written_sees_the_old_one(tmp_path):
@@ -226,6 +246,25 @@ def test_what_cannot_be_written_to_its_end_leaves_the_old_file(tmp_path):
     def fault(f): raise RuntimeError("not the disk's")
     with pytest.raises(RuntimeError, match="^not the disk's$"): write_atomic(path, fault)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_stays_one_and_gets_what_is_written(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        check_file(pipe, "out")
+        write_atomic(pipe, lambda f: pd.DataFrame(dict(a=[1])).to_csv(f, index=False))
+        assert reader.communicate(timeout=10)[0] == "a\n1\n"
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_leads_to_what_is_written(tmp_path):
+    (tmp_path / "else").mkdir()
+    for name in ("old", "none"): (tmp_path / name).symlink_to(f"else/{name}.csv")
+    (tmp_path / "else" / "old.csv").write_text("old")
+    for name in ("old", "none"): write_atomic(tmp_path / name, lambda f: f.write(b"new"))
+    assert {path.name for path in (tmp_path / "else").iterdir()} == {"old.csv", "none.csv"}
+    assert all(path.read_text() == "new" for path in (tmp_path / "else").iterdir())
+    assert all((tmp_path / name).is_symlink() for name in ("old", "none"))
 
 
 def test_killed_while_it_writes_a_process_leaves_the_old_file(tmp_path):

@@ -258,8 +258,12 @@ def test_images_that_were_replaced_give_no_old_answer(tmp_path, monkeypatch):
     for ask in (lambda: store.load(config), lambda: store.train(config), lambda: train(config, store.folder(config)),
                 lambda: execute([config], store)):
         with pytest.raises(ValueError, match=says): ask()
+    with pytest.raises(ValueError, match=says): execute([replace(config, seed=1), config], store)
+    assert not store.folder(replace(config, seed=1)).exists(), "trained before the error came"
+    assert "no such folder" not in store.read(config).unchecked
     root.rename(tmp_path / "elsewhere")
     assert "no such folder" in store.load(config).unchecked
+    assert store.history([config]).attrs == dict(unchecked=[first.record["data"]])
 
 
 def test_images_of_a_caller_are_not_those_of_the_configuration(tmp_path):

@@ -128,6 +128,22 @@ def test_what_is_interrupted_stops_its_jobs(tmp_path):
     assert [path.name for path in jobs_folder(store).iterdir()] == ["controllers.log"]
 
 
+@pytest.mark.parametrize("engine", ["local", "debug"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_says_where_its_runs_go_on(tmp_path, engine, number):
+    store, options = Store(tmp_path), [f"--{name.replace('_', '-')}={value}" for name, value in LONG.changed.items()]
+    command = [sys.executable, "-m", "symbreak", "sweep", *options, "--grid", "seed=0..1", "--runs", tmp_path]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--engine", engine], **pipes)
+    wait_for(RunFiles(store.folder(LONG)).checkpoint.exists)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1].splitlines()[-1]
+    saved = {seed: store.saved_epochs(replace(LONG, seed=seed)) for seed in range(2)}
+    assert process.returncode == 130 and said.startswith("symbreak: interrupted; the same command goes on after ")
+    assert f"after epoch {saved[0]} of 100000 (seed=0)" in said
+    assert not saved[1] or f"after epoch {saved[1]} of 100000 (seed=1)" in said
+
+
 @needs_proc
 def test_jobs_of_a_sweep_that_is_killed_pause(tmp_path):
     store = Store(tmp_path)
@@ -153,7 +169,7 @@ def test_jobs_of_this_machine_see_the_gpus_that_their_caller_sees(tmp_path, monk
     assert job() == "finished" and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_images_that_have_changed_are_told_before_anything_is_trained(tmp_path):
+def test_images_that_have_changed_are_told_before_anything_is_trained(tmp_path, capsys):
     for number in range(12):
         path = tmp_path / "images" / "train" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +178,11 @@ def test_images_that_have_changed_are_told_before_anything_is_trained(tmp_path):
     config = replace(TINY, data=f"folder:{tmp_path / 'images'}", train_size=None, test_size=None, batch_size=4)
     store = Store(tmp_path / "runs")
     store.train(config)
+    (tmp_path / "images").rename(tmp_path / "away")
+    label = store.read(config).record["data"]
+    assert sweep(config, seed=0, engine="debug", store=store).attrs["unchecked"] == [label]
+    assert f"not compared: the images of {label}, which are not at hand" in capsys.readouterr().err
+    (tmp_path / "away").rename(tmp_path / "images")
     path.unlink()
     with pytest.raises(ValueError, match="other images"): sweep(config, seed=range(2), engine="debug", store=store)
     assert not store.folder(replace(config, seed=1)).exists()

@@ -107,9 +107,10 @@ def test_a_variant_has_the_curves_of_the_figure(profile):
     assert {p.config.weight_decay for p in ours} == {0.25} and not {p.config for p in ours} & {p.config for p in theirs}
 
 
-def test_an_interrupted_campaign_says_where_each_of_its_runs_goes_on(tmp_path):
+@pytest.mark.parametrize("engine", [[], ["--engine", "local"]])
+def test_an_interrupted_campaign_says_where_each_of_its_runs_goes_on(tmp_path, engine):
     command = [sys.executable, "-m", "symbreak", "reproduce", "abl01", "--set", "lr=0.06", "--workers", "2",
-               "--runs", tmp_path / "runs", "--out", tmp_path / "figures"]
+               "--runs", tmp_path / "runs", "--out", tmp_path / "figures", *engine]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(list(Path(tmp_path, "runs").glob("*/checkpoint.pt"))) < 2: time.sleep(0.2)
     process.send_signal(signal.SIGINT)
