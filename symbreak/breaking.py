@@ -14,6 +14,7 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from .init import check_amount, check_whole
 from .nets import weight_layers
 from .reduction import GRANULARITIES, MAX_CHUNKS, TILE, atomic_reduction_, random_reduction_
 
@@ -24,7 +25,7 @@ def perturb_(model: nn.Module, # all its parameters are changed in place, on any
              generator: torch.Generator | None = None, # source of randomness; None: torch's global one
 ) -> nn.Module: # the same model
     "Multiply every weight by 1 + eps N(0, 1); zeros stay zero"
-    if not eps >= 0: raise ValueError(f"eps: {eps!r}; allowed: >= 0")
+    check_amount("eps", eps)
     for p in model.parameters():
         source = dict(generator=generator, device=generator.device if generator else "cpu")
         noise, w = torch.randn(p.shape, dtype=torch.float64, **source).cpu(), p.cpu().double()
@@ -37,7 +38,7 @@ def input_noise(x: Tensor, # (n, c, height, width) images, float
                 generator: torch.Generator | None = None, # source of randomness, on the device of x
 ) -> Tensor: # noisy copy
     "Images plus N(0, std^2): a null control, since it reaches all features alike"
-    if not std >= 0: raise ValueError(f"std: {std!r}; allowed: >= 0")
+    check_amount("std", std)
     return x + std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 # %% ../nbs/05_breaking.ipynb #c9dca658
@@ -51,8 +52,10 @@ def ulp_noise_(parameters: Iterable[Tensor], # their `.grad` is changed in place
                ulps: int = 1, # largest move, in units in the last place; each move -ulps .. ulps is equally likely
 ) -> None:
     "Move every non-zero finite gradient element by a random whole number of ulps; zeros stay zero; no host sync"
-    if not isinstance(ulps, int) or ulps < 1: raise ValueError(f"ulps: {ulps!r}; allowed: a whole number >= 1")
-    for grad in (p.grad for p in parameters if p.grad is not None):
+    grads = [p.grad for p in parameters if p.grad is not None]
+    octave = min((round(1 / torch.finfo(grad.dtype).eps) for grad in grads), default=2 ** 23)  # numbers from 1 to 2
+    check_whole("ulps", ulps, lambda n: 1 <= n <= octave, f"a whole number >= 1, at most {octave}")
+    for grad in grads:
         bits = grad.view(_INTEGER[grad.element_size()])
         magnitude = bits & torch.iinfo(bits.dtype).max
         may_move = (magnitude >= ulps) & (magnitude < _INFINITY[grad.dtype])  # never across zero
@@ -66,7 +69,7 @@ def gradient_noise_(parameters: Iterable[Tensor], # their `.grad` is changed in 
                     generator: torch.Generator | None = None, # source of randomness, on the device of the gradients
 ) -> None:
     "Multiply every gradient element by 1 + eps N(0, 1); zeros stay zero, and noise below rounding is rounded"
-    if not eps >= 0: raise ValueError(f"eps: {eps!r}; allowed: >= 0")
+    check_amount("eps", eps)
     for grad in (p.grad for p in parameters if p.grad is not None):
         noise = torch.randn(grad.shape, generator=generator, dtype=grad.dtype, device=grad.device)
         grad.addcmul_(grad, noise, value=eps)

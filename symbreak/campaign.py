@@ -33,7 +33,7 @@ from .profiles import variant
 from .progress import Progress, is_installed
 from .records import write_json
 from .results import collect, everywhere, is_complete, reproduce
-from .runs import Store, default_store, execute, longest_first
+from .runs import Store, check_workers, default_store, execute, longest_first
 from .values import check_budget
 
 # %% ../nbs/33_campaign.ipynb #ebf63bdd
@@ -237,7 +237,7 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
         changes: dict | None = None, # fields of Config -> values: a variant of the profile with its own figures
 ) -> dict[str, DataFrame]: # figure -> its tidy data, as `reproduce` returns it
     "Train and measure what is missing, draw every figure that is complete; the same call goes on"
-    if workers is not None and workers < 1: raise ValueError(f"workers: {workers}; allowed: at least 1")
+    check_workers(workers)
     check_budget(budget_min, "budget_min")
     if budget_min is not None and engine is not None and engine.kind == "slurm":
         raise ValueError(f"budget_min: {budget_min} on Slurm, where jobs go on without us; allowed: None")

@@ -132,7 +132,7 @@ def timed_runs(store: Store) -> list[Timed]:
     folders = [p.parent for place in (store.root, *store.archives) for p in Path(place).glob("*/record.json")]
     runs = []
     for folder in folders:
-        with suppress(ValueError):  # damaged: of no use here, and named by what needs it
+        with suppress(ValueError, OSError):  # damaged: of no use here, and named by what needs it
             if is_finished(folder): runs.append(Run.load(folder))
     return [Timed(run.config, run.record["device_name"], flop(run.config) / run.record["wall_s"]) for run in runs
             if run.record["status"] == "finished" and not run.record.get("earlier") and run.record["wall_s"] > 0]

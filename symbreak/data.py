@@ -19,6 +19,7 @@ from torch import Tensor
 from .cache import (TENSORS, AbsentError, DataError, cache_dir, find_folder, folder_images, folder_state,
                             tensors_digest, torchvision_images)
 from .files import user_path
+from .init import check_whole
 
 # %% ../nbs/10_data.ipynb #e2f17343
 def reflect_pad(x: Tensor, # (..., height, width), any dtype
@@ -65,10 +66,10 @@ AUGMENTS = ("none", "crop", "crop_flip")
 
 def _check_treatment(images, batch_size, mean, std, augment, pad):
     "Raise `ValueError` for batches that cannot be made of these images"
-    if batch_size < 1: raise ValueError(f"batch_size: {batch_size}; allowed: at least 1")
+    check_whole("batch_size", batch_size, lambda n: n >= 1, "at least 1")
     if augment not in AUGMENTS: raise ValueError(f"augment: {augment!r}; allowed: {', '.join(AUGMENTS)}")
-    if not 0 <= pad < min(images.shape[2:]):
-        raise ValueError(f"pad: {pad}; allowed: 0..{min(images.shape[2:]) - 1}, smaller than the image")
+    largest = min(images.shape[2:]) - 1
+    check_whole("pad", pad, lambda n: 0 <= n <= largest, f"0..{largest}, smaller than the image")
     if not len(mean) == len(std) == images.shape[1]:
         raise ValueError(f"mean, std: {len(mean)} and {len(std)} values; allowed: {images.shape[1]}, one per channel")
     if min(std) <= 0: raise ValueError(f"std: {std}; allowed: positive (a constant channel carries no information)")
@@ -131,7 +132,7 @@ def stratified(labels: Tensor, # (n,) int64
 def _some(images, labels, k, argument, classes):
     "`k` images with their labels, class proportions kept; all if `k` is None"
     if k is None: return images, labels
-    if not 1 <= k <= len(labels): raise ValueError(f"{argument}: {k}; allowed: 1..{len(labels)}")
+    check_whole(argument, k, lambda n: 1 <= n <= len(labels), f"1..{len(labels)}")
     i = stratified(labels, k)
     had, has = (some.bincount(minlength=len(classes)) for some in (labels, labels[i]))
     if lost := ((had > 0) & (has == 0)).nonzero().flatten().tolist():

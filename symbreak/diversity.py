@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .init import choose, plain
+from .init import check_amount, check_axis, check_floats, check_whole, choose, plain
 from .nets import (ConstNet, DeltaOrthogonalNet, LeakyNet, UniqueFeatureMLP, WeightLayer, WideResNet,
                            layer_outputs, weight_layers)
 from .propagation import double, evaluating, unit_rows_
@@ -27,9 +27,8 @@ def distinct_features(weight_or_activation: Tensor, # any shape of at least 1 di
 ) -> int: # number of groups of equal features, 1 <= it <= size of `dim`
     "Number of different slices along `dim`; with `atol > 0`, of groups gathered greedily around their first member"
     x = plain("weight_or_activation", weight_or_activation)
-    if not x.numel() or not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim: {dim} of shape {tuple(x.shape)}; allowed: an axis of a tensor that is not empty")
-    if not atol >= 0: raise ValueError(f"atol: {atol!r}; allowed: >= 0")
+    check_axis(x, dim)
+    check_amount("atol", atol)
     if atol > 1e308: atol = math.inf  # a whole number may be too large for a float
     count = int(_different(rows := _rows(x, dim)))
     if count == _NAN: raise ValueError("weight_or_activation: contains NaN; allowed: numbers")
@@ -67,11 +66,20 @@ def _settled(count: int, rows: Tensor) -> int:
     "The number of different rows, whatever became of their hashes"
     return len(rows.unique(dim=0)) if count == _COLLIDED else count
 
+_TOP = -2 ** 63  # the highest bit of an int64
+
+def _apart(rows: Tensor, atol: float) -> Tensor: # (n, numbers in a row) bool
+    "Which numbers are further than `atol` from those of the first row"
+    first = rows[:1]
+    if rows.is_floating_point(): return (rows - first).abs() > atol
+    far = torch.maximum(rows, first) - torch.minimum(rows, first)  # exact, if it is read as a number without a sign
+    return far ^ _TOP > int(min(atol, 2 ** 64 - 1)) + _TOP
+
 def _groups(rows: Tensor, atol: float) -> int:
     "Number of groups within `atol` of the first row that no earlier group took"
-    count = 0
-    if not rows.is_floating_point(): rows = rows.double()  # where differences do not wrap around
-    while len(rows): rows, count = rows[((rows - rows[0]).abs() > atol).any(1)], count + 1
+    count, unsigned = 0, rows.dtype == torch.uint64
+    if not rows.is_floating_point(): rows = rows.to(torch.int64) ^ (_TOP if unsigned else 0)  # in the same order
+    while len(rows): rows, count = rows[_apart(rows, atol).any(1)], count + 1
     return count
 
 # %% ../nbs/04_diversity.ipynb #ba337758
@@ -103,12 +111,6 @@ def _vectors(weight: Tensor, over: str, max_kernels: int, seed: int) -> Tensor:
     drawn = torch.randperm(len(kernels), generator=torch.Generator().manual_seed(seed))[:max_kernels]
     return kernels[drawn.to(weight.device)]
 
-# %% ../nbs/04_diversity.ipynb #392c72f2
-def _check_floats(name: str, x: Tensor) -> None:
-    "ValueError for a tensor that holds no real numbers to be measured"
-    if not x.is_floating_point() or not x.numel():
-        raise ValueError(f"{name}: {x.dtype} of shape {tuple(x.shape)}; allowed: floating point, not empty")
-
 # %% ../nbs/04_diversity.ipynb #c1468b3b
 def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
                        over: str = "forward", # pairs of outputs "forward", inputs "backward", or kernels "kernel"
@@ -122,8 +124,9 @@ def weight_correlation(weight: Tensor, # (out, in, kh, kw) or (out, in), float
     weight = plain("weight", weight)
     if weight.dim() < 2:
         raise ValueError(f"weight: shape {tuple(weight.shape)}; allowed: (out, in) or (out, in, kh, kw)")
-    _check_floats("weight", weight)
-    if max_kernels < 2: raise ValueError(f"max_kernels: {max_kernels}; allowed: >= 2")
+    check_floats("weight", weight)
+    check_whole("max_kernels", max_kernels, lambda n: n >= 2, ">= 2")
+    check_whole("seed", seed, lambda s: abs(s) < 2 ** 63, "a whole number of 64 bits")
     return _mean_correlation(_vectors(weight, over, max_kernels, seed), constant).item()
 
 # %% ../nbs/04_diversity.ipynb #ef9ab5ed
@@ -231,9 +234,8 @@ def effective_width(activations: Tensor, # (n, c, h, w), (n, c), (n, tokens, c) 
     activations = plain("activations", activations)
     if activations.dim() < 2:
         raise ValueError(f"activations: shape {tuple(activations.shape)}; allowed: (n, c) or (n, c, h, w)")
-    if not -activations.dim() <= dim < activations.dim():
-        raise ValueError(f"dim: {dim} of shape {tuple(activations.shape)}; allowed: one of its axes")
-    _check_floats("activations", activations)
+    check_floats("activations", activations)
+    check_axis(activations, dim)
     return _effective_width(activations, dim).item()
 
 def _effective_width(activations: Tensor, dim: int = 1) -> Tensor:

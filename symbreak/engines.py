@@ -30,6 +30,8 @@ class Engine:
         if self.name not in ENGINES: raise ValueError(f"engine: {self.name!r}; allowed: {', '.join(ENGINES)}")
         check_type("at_once", self.at_once, int | None)
         check_type("timeout_min", self.timeout_min, float | None)
+        check_type("options", self.options, dict)
+        check_type("options: signal_delay_s", self.options.get("signal_delay_s", 0), int)
         if self.at_once is not None and self.at_once < 1:
             raise ValueError(f"at_once: {self.at_once}; allowed: at least 1")
         if self.timeout_min is not None and not 0 < self.timeout_min < math.inf:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .calls import listen
+from .init import check_whole
 from .numerics import cpu_has_bf16, cpu_threads, numerics, resolve_device, switches
 from .operations import Operation, operations
 from .processes import busy, start
@@ -193,15 +194,14 @@ def probe(device: str = "auto", # auto, cpu, cuda or cuda:N
 # %% ../nbs/08_hardware.ipynb #6cf9a956
 def _chosen(device: torch.device, dtypes, threads, settings, reruns: int) -> tuple[tuple, tuple, tuple]:
     "Precisions, threads and settings, checked"
-    if not isinstance(reruns, int) or reruns < 1: raise ValueError(f"reruns: {reruns!r}; allowed: a whole number >= 1")
+    check_whole("reruns", reruns, lambda n: n >= 1, "a whole number >= 1")
     known = ("float32", "float64", "bfloat16", "float16")
     threads = ((1, cores()) if device.type == "cpu" else (1,)) if threads is None else tuple(threads)
     chosen = tuple(dtypes or dtypes_of(device)), threads, tuple(settings or settings_of(device))
     for name, values, allowed in (("dtypes", chosen[0], known), ("settings", chosen[2], settings_of(device))):
         for value in values:
             if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed here: {', '.join(allowed)}")
-    for count in threads:
-        if not isinstance(count, int) or count < 1: raise ValueError(f"threads: {count!r}; allowed: whole numbers >= 1")
+    for count in threads: check_whole("threads", count, lambda n: n >= 1, "whole numbers >= 1")
     return chosen
 
 def _with_processes(table: "pandas.DataFrame", fresh: list[list[str]], again: list[str]) -> "pandas.DataFrame":

@@ -64,7 +64,7 @@ def at_hand(config: Config) -> dict: # as `seen`; AbsentError where the images a
 def _differences(record: dict, now: dict) -> list[str]:
     "What a record says of its images that is not so now"
     ours, theirs = ({"digest": facts["data_digest"][:12]} | facts.get("treatment", {}) for facts in (record, now))
-    return [f"{name} {ours[name]}, now {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    return [f"{name} {ours[name]}, now {theirs.get(name)}" for name in ours if ours[name] != theirs.get(name)]
 
 def checked(run: Run, # finished, as read from its folder
             data: Dataset | None = None, # what the caller means by the images; None: what the configuration names

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .init import (averaging_, check_number, choose, delta_orthogonal_, he_, identity_, leaky_normal_,
-                           parse_init)
+from .init import (averaging_, check_number, check_whole, choose, delta_orthogonal_, he_, identity_,
+                           leaky_normal_, parse_init)
 
 # %% ../nbs/02_nets.ipynb #e3688370
 STRIDES = (1, 2, 2)
@@ -34,8 +34,7 @@ def _blocks_per_stage(depth: int, layers_per_block: int = 1) -> int:
 def _check_counts(**counts: int) -> None:
     "Raise unless every argument is a positive whole number"
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10 ** 6:
-            raise ValueError(f"{name}: {value!r}; allowed: a whole number >= 1, at most a million")
+        check_whole(name, value, lambda n: 1 <= n <= 10 ** 6, "a whole number >= 1, at most a million")
 
 def _check_dropout(dropout: float) -> None:
     check_number("dropout", dropout, lambda p: 0 <= p < 1, "0 <= dropout < 1")

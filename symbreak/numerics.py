@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'WORKSPACE', 'switches', 'numerics', 'fresh_compiler', 'cpu_threads', 'deterministic', 'resolve_device',
-           'cpu_has_bf16']
+           'cpu_has_bf16', 'check_precision', 'check_isa']
 
 # %% ../nbs/04a_numerics.ipynb #1519cade
 import os
@@ -130,3 +130,21 @@ def cpu_has_bf16() -> bool:
     "Does this CPU multiply in bfloat16 (AVX512-BF16 or AMX)?"
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check)
+
+# %% ../nbs/04a_numerics.ipynb #356a8ab2
+def check_precision(precision: str, device: torch.device) -> None:
+    "Refuse arithmetic that the device lacks, with the reason"
+    if device.type == "cuda": return
+    if precision == "tf32":
+        raise ValueError("precision: 'tf32' is CUDA arithmetic; allowed on cpu: float32, float64, bf16")
+    if precision == "bf16" and not cpu_has_bf16():
+        raise ValueError("precision: 'bf16', but this CPU has neither AVX512-BF16 nor AMX and would run about ten "
+                         "times slower than in float32; allowed here: float32, float64")
+
+# %% ../nbs/04a_numerics.ipynb #0e5aa910
+def check_isa(isa: str) -> None:
+    "Refuse an instruction set other than the one that this process runs under"
+    found = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
+    if found != isa:
+        raise ValueError(f"onednn_isa: {isa!r}, but this process has ONEDNN_MAX_CPU_ISA={found}; allowed here: "
+                         f"{found!r} (start Python under the other setting, or use symbreak.runs.execute, which does)")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .init import check_whole
 from .team import as_ranks
 
 # %% ../nbs/07a_operations.ipynb #f8699f2d
@@ -256,7 +257,7 @@ def operations(width: int = 1, # k of ConstNet-16-k
 ) -> list[Operation]:
     "What is probed unless somebody asks for something else"
     for name, value in dict(width=width, batch=batch).items():
-        if not isinstance(value, int) or value < 1: raise ValueError(f"{name}: {value!r}; allowed: a whole number >= 1")
+        check_whole(name, value, lambda n: n >= 1, "a whole number >= 1")
     return [*network_operations(width, batch), *other_operations(width, batch)]
 
 # %% ../nbs/07a_operations.ipynb #2bedde08

@@ -23,7 +23,7 @@ from typing import Callable
 
 import torch
 
-from .config import Config
+from .config import Config, check_type
 from .files import advice, locked, refusal
 from .memory import is_short_of_memory
 
@@ -154,12 +154,16 @@ def check_files(record: dict, *paths: Path) -> None:
 STATES = ("paused", "finished", "diverged")
 RECORDED = ("config", "data", "data_digest", "device_name", "torch", "commit", "layers", "blocks", "status",
             "epochs_done", "steps_done", "digests", "wall_s")  # by every version
+_KINDS = dict(data_digest=str, treatment=dict, device_name=str, layers=list, blocks=list, digests=dict, wall_s=float)
 
 def read_record(folder: Path) -> dict:
     "The record of a run that has ended or paused; empty if there is none"
     path = RunFiles(Path(folder)).record
     if not path.exists(): return {}
     record = read_sealed(path, way_out := _run_again(folder), RECORDED)
+    try:
+        for name in filter(record.__contains__, _KINDS): check_type(name, record[name], _KINDS[name])
+    except ValueError as e: raise ValueError(f"{path}: damaged, {e}; {way_out}") from None
     if record.get("status") in STATES and ("seal" in record or "files" not in record): return record
     raise ValueError(f"{path}: damaged, status {record.get('status')!r}; allowed: {', '.join(STATES)}; {way_out}")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .init import check_whole
 from .numerics import cpu_threads
 
 # %% ../nbs/04b_reduction.ipynb #d1276ed7
@@ -25,8 +26,7 @@ def _check_reduction(chunks: int, granularity: str) -> None:
     "Refuse a sum that is not offered"
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
-    if not isinstance(chunks, int) or not 1 <= chunks <= MAX_CHUNKS:
-        raise ValueError(f"chunks: {chunks!r}; allowed: a whole number from 1 to {MAX_CHUNKS}")
+    check_whole("chunks", chunks, lambda n: 1 <= n <= MAX_CHUNKS, f"a whole number from 1 to {MAX_CHUNKS}")
 
 # %% ../nbs/04b_reduction.ipynb #a99a77d8
 @lru_cache

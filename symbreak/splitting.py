@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .diversity import asymmetry
+from .init import check_amount
 from .nets import ConstNet, LeakyNet
 from .quotient import feature_groups, feature_sets, is_quotient, partition
 
@@ -105,7 +106,7 @@ def split_(model: nn.Module, # ConstNet or LeakyNet with identical features, cha
     if not isinstance(model, (ConstNet, LeakyNet)) or is_quotient(model):
         what = "a quotient" if is_quotient(model) else type(model).__name__
         raise ValueError(f"model: {what}; allowed: ConstNet, LeakyNet, with all their features")
-    if not eps >= 0: raise ValueError(f"eps: {eps!r}; allowed: >= 0")
+    check_amount("eps", eps)
     if apart := asymmetry(model): raise ValueError(f"model: asymmetry {apart:.3g}; allowed: 0, all features identical")
     sets, found = feature_sets(model), splits(model)
     stem = sets[0].writers[0].weight

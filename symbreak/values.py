@@ -46,7 +46,7 @@ def checked_value(name: str, value, argument: str) -> object:
     hint = get_type_hints(Config)[name]
     check_type(name, value, hint)
     check_range(name, value, hint)
-    return float(value) if hint is float else value
+    return float(value) + 0. if hint is float else value
 
 def parse_changes(texts: Iterable[str], argument: str = "set") -> dict[str, object]: # field -> value
     "Changes from a command line, such as `width=1`"
@@ -62,6 +62,6 @@ def parse_changes(texts: Iterable[str], argument: str = "set") -> dict[str, obje
 # %% ../nbs/11c_values.ipynb #1853f0b8
 def check_budget(value, argument: str) -> None: # value: seconds or minutes; None: no limit
     "Raise ValueError unless it is None, or a number of at least 0 that a float holds"
-    try: fits = value is None or not isinstance(value, str) and float(value) >= 0
+    try: fits = value is None or not isinstance(value, (str, bool)) and float(value) >= 0
     except (TypeError, ValueError, OverflowError): fits = False
     if not fits: raise ValueError(f"{argument}: {brief(value)}; allowed: at least 0, as a float")

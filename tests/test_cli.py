@@ -217,7 +217,8 @@ def test_config_file_that_is_not_json(capsys, tmp_path):
 def test_every_network_trains_by_its_name_alone(capsys, tmp_path, net):
     code, printed = run(capsys, "train", "--net", net, "--epochs=1", "--train-size=100", "--folder", tmp_path / "run")
     assert code == 0 and "asymmetry            0\n" in printed.out and "distinct_features    1\n" in printed.out
-    assert "Nothing broke the symmetry" in printed.out and "--dropout" in printed.out
+    assert "Nothing broke the symmetry" in printed.out and "    --weight-noise 1e-3\n" in printed.out
+    for option in ("--dropout", "--reduction atomic"): assert (option in printed.out) == (net != "UniqueFeatureMLP")
 
 
 def test_train_and_again(capsys, tmp_path):

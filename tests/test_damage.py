@@ -153,6 +153,49 @@ def test_displays_go_on_past_a_damaged_run_and_name_it(capsys, kept, name, conte
     with pytest.raises(ValueError, match=re.escape(str(path))): default_store().load(config)
 
 
+@pytest.mark.parametrize("name", ["record.json", "metrics.jsonl", "config.json"])
+def test_displays_go_on_past_a_run_that_cannot_be_read(capsys, kept, name):
+    """As with files of somebody else; permissions would not stop root."""
+    path = kept / name
+    path.unlink()
+    path.mkdir()
+    for profile, figure, needed, said in (("full", "fig04", 1, r"fig04 +8 +1 "), ("quick", "fig01", 0, "fig01 ")):
+        code, out, err = shown(capsys, "plan", profile, figure, "--no-stopwatch")
+        assert code == 0 and re.search(said, out) and err.count("not counted: ") == needed, err
+    code, out, err = shown(capsys, "list")
+    assert code == 0 and re.search(r"fig04 .* 7/8 ", out) and str(path) in err, err
+    [config] = [p.config for p in plan(Request("fig04", "full", "cpu")) if p.config.hash == kept.name]
+    assert Store(kept.parent).epochs_done(config) in (0, config.epochs)  # the latter by the record alone
+    RunFiles(kept).checkpoint.touch()
+    assert Store(kept.parent).shorter(replace(config, schedule="constant")) is None
+
+
+@pytest.mark.parametrize("changes", [
+    dict(wall_s=None), dict(wall_s="1"), dict(data_digest=None), dict(treatment=None), dict(treatment=[]),
+    dict(layers=None), dict(digests=None), dict(device_name=None)], ids=str)
+def test_a_field_of_another_type_in_an_older_record_is_damage(capsys, kept, changes):
+    """Later records have a seal."""
+    path, record = RunFiles(kept).record, read_record(kept)
+    older = {name: value for name, value in record.items() if name not in ("seal", "files")}
+    records.write_json(path, older)
+    assert shown(capsys, "plan", "full", "fig04", "--no-stopwatch")[2] == ""
+    records.write_json(path, older | changes)
+    for argv, said in ((["list"], r"fig04 .* 7/8 "), (["plan", "full", "fig04", "--no-stopwatch"], r"fig04 +8 +1 ")):
+        code, out, err = shown(capsys, *argv)
+        assert code == 0 and re.search(said, out) and f"{path}: damaged, {next(iter(changes))}: " in err, err
+
+
+def test_older_metrics_without_epochs_are_damage(capsys, kept):
+    files, record = RunFiles(kept), read_record(kept)
+    records.write_json(files.record, {name: v for name, v in record.items() if name not in ("seal", "files")})
+    files.metrics.write_text("{}\n")
+    [config] = [p.config for p in plan(Request("fig04", "full", "cpu")) if p.config.hash == kept.name]
+    with pytest.raises(ValueError, match="metrics.jsonl: damaged, a line that is not of an epoch"):
+        default_store().history([config])
+    with past_damage() as damaged: assert default_store().history([config]).empty
+    assert len(damaged) == 1
+
+
 def test_a_report_goes_on_past_a_damaged_run_and_a_strict_one_fails(capsys, kept, tmp_path):
     report = ["report", "--profile", "full", "--figures", tmp_path / "figures", "--out", tmp_path / "out"]
     assert shown(capsys, *report, "--strict")[2] == ""

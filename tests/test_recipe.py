@@ -38,7 +38,7 @@ def outcome(config):
     except ValueError as refused: return str(refused).split(",")[0]
 
 
-LEAKY, MLP = dict(net="LeakyNet"), dict(net="UniqueFeatureMLP", width=8)
+LEAKY, MLP = dict(net="LeakyNet"), dict(net="UniqueFeatureMLP", width=8, depth=Config.depth)
 CHANGES = {  # field -> another value, what is not the same under it, the rest of the configuration
     "data": (..., weights, {}),  # a folder of images, see below
     "train_size": (48, weights, {}),
@@ -195,7 +195,7 @@ def plain(config):
     dict(schedule="released", epochs=142, train_size=20), dict(warmup=1), dict(warmup=2, epochs=3), dict(seed=5),
     dict(data_seed=3), dict(input_noise=0.3), dict(dropout=0.2), dict(init="he", skip="rectified"),
     dict(net="LeakyNet"),
-    dict(net="LeakyNet", init="h_hhh", slope=0.2, dropout=0.1), dict(net="UniqueFeatureMLP", width=9, distinct=4),
+    dict(net="LeakyNet", init="h_hhh", slope=0.2, dropout=0.1), dict(MLP, width=9, distinct=4),
     dict(precision="float64", init="he"), dict(train_size=30, test_size=20),
     dict(augment="crop"), dict(augment="crop_flip", data_seed=1)], ids=str)
 def test_the_recipe_is_that_of_a_plain_loop(changes):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from symbreak import config as configuration
+from symbreak import numerics as arithmetic
 from symbreak import outcome, records
 from symbreak import train as training
 from symbreak.config import Config, learning_rate
@@ -19,6 +19,7 @@ from symbreak.runs import Store
 from symbreak.train import Trainer, run_epoch, train
 
 TINY = Config(depth=7, width=1, epochs=2, train_size=200, test_size=100, batch_size=64, lr=0.05)
+MLP = dict(net="UniqueFeatureMLP", width=32, depth=Config.depth)
 
 
 def bits(run):
@@ -26,13 +27,13 @@ def bits(run):
 
 
 def test_bf16_without_the_instructions_is_refused_with_the_reason(monkeypatch):
-    monkeypatch.setattr(configuration, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(arithmetic, "cpu_has_bf16", lambda: False)
     with pytest.raises(ValueError, match="AVX512-BF16.*allowed here: float32, float64"):
         train(replace(TINY, precision="bf16", device="cpu"))
 
 
 def test_bf16_where_the_instructions_are_there(monkeypatch):
-    monkeypatch.setattr(configuration, "cpu_has_bf16", lambda: True)  # slow without them, but right
+    monkeypatch.setattr(arithmetic, "cpu_has_bf16", lambda: True)  # slow without them, but right
     run = train(replace(TINY, precision="bf16", init="he", device="cpu"))
     assert run.record["status"] == "finished"
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
@@ -43,8 +44,7 @@ def test_bf16_where_the_instructions_are_there(monkeypatch):
     dict(reduction="global"), dict(weight_noise=1e-3), dict(input_noise=0.1), dict(gradient_ulps=2),
     dict(ulp_layer="stem", ulp_step=5), dict(quotient=True), dict(deterministic=True), dict(augment="crop"),
     dict(schedule="released"), dict(schedule="constant"), dict(measure_every=2), dict(data_seed=7),
-    dict(net="LeakyNet", init="1_i11", lr=0.01), dict(net="UniqueFeatureMLP", width=32, distinct=4),
-    dict(net="UniqueFeatureMLP", width=32, distinct=4, quotient=True),
+    dict(net="LeakyNet", init="1_i11", lr=0.01), dict(MLP, distinct=4), dict(MLP, distinct=4, quotient=True),
 ], ids=str)
 def test_option_trains_and_resumes_to_the_same_bits(tmp_path, option):
     config = replace(TINY, device="cpu", **option)
@@ -66,7 +66,7 @@ def test_compiled_training_runs():
 @pytest.mark.parametrize("bad, message", [
     (dict(compile=True, reduction="element"), "compile"), (dict(quotient=True, dropout=0.1), "dropout"),
     (dict(quotient=True, reduction="row"), "quotient"),
-    (dict(net="UniqueFeatureMLP", width=32, reduction="element"), "convolution"),
+    (dict(MLP, reduction="element"), "reduction: .* net='UniqueFeatureMLP', which has no use for it"),
     (dict(ulp_layer="stages.9"), "allowed: stem")])
 def test_options_that_do_not_go_together(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message):
