@@ -61,8 +61,8 @@ look: docs
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/ratios.py --write
-	$(BIN)/python benchmarks/loop_overhead.py
-	$(BIN)/python benchmarks/epoch_profile.py
+	$(BIN)/python benchmarks/loop_overhead.py --write
+	$(BIN)/python benchmarks/epoch_profile.py --write
 
 hooks: .venv/installed
 	git config merge.nbdev-merge.name 'notebooks, cell by cell'

@@ -1,6 +1,6 @@
 """Where the time of an epoch goes: shares of the operations, and of the page faults that all of them pay.
 
-    python benchmarks/epoch_profile.py [--widths 1 2] [--batch-size 128] [--depth 10]
+    python benchmarks/epoch_profile.py [--widths 1 2] [--batch-size 128] [--depth 10] [--write]
 
 Shares of processor time are those of PyTorch's profiler, on one thread, at 32x32 and channels last, with freed memory
 kept. What it costs to hand freed memory back is counted in a process of its own, by the operating system: the time that
@@ -17,8 +17,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from loop_overhead import random_images
+from page import write
 from ratios import AS_IT_COMES
 from symbreak.config import Config
+from symbreak.provenance import provenance
 from symbreak.train import Trainer, run_epoch
 
 KINDS = {"convolution (oneDNN)": ("convolution",), "batch norm": ("batch_norm",),
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--depth", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
     parser.add_argument("--faults", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,7 +83,10 @@ def main() -> None:
             program, system, count = counted(size, environment)
             column[f"system, memory {name}"] = f"{system / (program + system):.1%}, {count:,.0f} faults"
         table[f"k={width}"] = column
-    print(pd.DataFrame(table).to_markdown())
+    where, shown = provenance(torch.device("cpu")), pd.DataFrame(table).to_markdown()
+    small_print = f"{where['device_name']}, one thread, torch {where['torch']}, commit {where['commit']}."
+    if options.write: write("profile", shown, small_print)
+    print(shown, small_print, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Images
 
 from loop_overhead import random_images, seconds
+from page import write
 from symbreak.cache import import_torchvision
 from symbreak.config import Config
 from symbreak.data import Dataset, load
@@ -36,8 +36,6 @@ from symbreak.provenance import provenance
 from symbreak.quotient import quotient
 from symbreak.train import Trainer, run_epoch
 
-PAGE = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- ratios: start -->", "<!-- ratios: end -->"
 
 
 class Pictures(Images):
@@ -170,15 +168,6 @@ def measured(rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@contextmanager
-def page():
-    """The text between the marks of the page can be replaced."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    yield lambda new: PAGE.write_text(f"{before}{BEGIN}\n{new}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -191,8 +180,7 @@ def main() -> None:
     where = provenance(torch.device("cpu"))
     small_print = (f"{where['device_name']}, one thread, torch {where['torch']}, commit {where['commit']}, "
                    f"{time.perf_counter() - began:.0f} s in all.")
-    if options.write:
-        with page() as write: write(table.to_markdown(index=False) + "\n\n" + small_print)
+    if options.write: write("ratios", table.to_markdown(index=False), small_print)
     print(small_print)
 
 
