@@ -49,9 +49,9 @@ def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     line = spread(predicted[all_broke], ["noise"], "epochs").sort_values("noise")
     ax.plot(line.noise, line["mean"], color=COLOURS[1], label="three copies")
     ax.fill_between(line.noise, line.low, line.high, color=COLOURS[1], alpha=0.15, linewidth=0)
-    if ROUNDING in sources:
-        alone = break_times(sources.pop(ROUNDING))
-        ax.axhspan(alone.min(), alone.max(), color="0.5", alpha=0.25, linewidth=0, label=f"{ROUNDING} alone")
+    for shade, source in zip((0.25, 0.45), [source for source in ROUNDING if source in sources]):
+        alone = break_times(sources.pop(source))
+        ax.axhspan(alone.min(), alone.max(), color="0.5", alpha=shade, linewidth=0, label=f"{source} alone")
     for colour, (source, rows) in zip(COLOURS[2:], sources.items()):
         like = noise_like(rows, ladder)
         outside = f"{like.isna().sum()} of {len(like)} " * like.notna().any() + "beyond the ladder"

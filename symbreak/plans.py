@@ -153,10 +153,12 @@ def lengths_plan(profile: Profile) -> list[Planned]:
                     dict(source=curve)) for config in lengths for curve, changes in curves.items()]
 
 # %% ../nbs/20a_plans.ipynb #fa355e03
-STEPWISE, ROUNDING = "three copies, disturbed at every step", "rounding of float64"
+STEPWISE = "three copies, disturbed at every step"
+ROUNDING = {f"rounding of {precision}": dict(weight_noise=noise, precision=precision)
+            for precision, noise in (("float64", 1e-15), ("float32", 1e-7))}  # noise of hardly more than one rounding
 _FOLLOWED = {  # changes to a configuration, and the nominal size of the noise
-    ROUNDING: (dict(weight_noise=1e-15, precision="float64"), 1e-15), ATOMIC_NOISE: (ATOMIC, 2. ** -24),
-    "random order of additions": (dict(reduction="element"), 2. ** -24),
+    **{source: (changes, changes["weight_noise"]) for source, changes in ROUNDING.items()},
+    ATOMIC_NOISE: (ATOMIC, 2. ** -24), "random order of additions": (dict(reduction="element"), 2. ** -24),
     ONE_ULP: (dict(gradient_ulps=1), ONE_ULP_RMS), "dropout 1 %": (dict(dropout=0.01), 0.01)}
 
 def gradient_noise(eps: float) -> str: return f"all features, disturbed at every step by {eps:g}"

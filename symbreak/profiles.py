@@ -68,8 +68,8 @@ LADDER = replace(
     QUICK, name="ladder", says="embedded 8x8 digits, noise over almost ten decades, minutes on two CPU cores",
     only=("fig09",), growth=dict(width=1, epochs=50), step_noises=(ONE_ULP_RMS, 2. ** -24),
     noises=(5e-2, *(10. ** -n for n in range(2, 12))),
-    followed=("rounding of float64", "hardware noise (atomic additions)", "random order of additions",
-              "one-ulp gradient noise", "dropout 1 %"))
+    followed=("rounding of float64", "rounding of float32", "hardware noise (atomic additions)",
+              "random order of additions", "one-ulp gradient noise", "dropout 1 %"))
 
 # %% ../nbs/20_profiles.ipynb #3cf9c851
 _IMAGES = dict(data="folder:cifar10-jpeg")
