@@ -5,7 +5,7 @@
 Each round times, in turns, the same number of steps (a) on a fixed batch and (b) as an epoch of the loop: shuffled and
 augmented batches, loss and accuracy, metrics as JSON lines. It also times (c) one measurement of diversity and (d) one
 pass over the test images. `loop` is (b) over (a); `loop + measuring` adds (c), spread over the epochs between
-measurements and over the images of a full epoch, and is what should be below 5 %. Testing is real work on other images,
+measurements and over the images of a full epoch, and is what must stay below 5 %. Testing is real work on other images,
 so it has its own column. The 32x32 images are a fiftieth of CIFAR-10, so there (c) and (d) are scaled to its 50,000
 training and 10,000 test images. Medians over rounds.
 """
@@ -98,7 +98,7 @@ def main() -> None:
     for name, config, data, full_train, full_test in cases:
         r = compare(config, data, options.rounds, full_train, full_test)
         rows.append({"": name, "steps": r["steps"], "bare": f"{r['bare_s']:.3f} s", "loop": f"{r['loop']:+.1f} %",
-                     "loop + measuring (goal: at most 5 %)": f"{r['measured']:+.1f} %",
+                     "loop + measuring (must be at most 5 %)": f"{r['measured']:+.1f} %",
                      "testing, beside it": f"{r['testing']:.1f} %"})
         print(*rows[-1].values(), sep="  ", flush=True)
     where = provenance(torch.device("cpu"))

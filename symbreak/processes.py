@@ -36,7 +36,8 @@ def start_processes(function: Callable, # of a module
         with suppress(BrokenPipeError):
             process.stdin.write(call)
             process.stdin.flush()
-    with ThreadPoolExecutor() as threads: list(threads.map(hand_over, started))  # they import at the same time
+    with ThreadPoolExecutor(max(1, len(started))) as threads:  # so that all import at the same time
+        list(threads.map(hand_over, started))
     return started
 
 def start(function: Callable, # of a module
