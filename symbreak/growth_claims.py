@@ -7,14 +7,18 @@ __all__ = ['GROWTH_CLAIMS', 'RATE_CLAIMS', 'ORDER_CLAIMS']
 
 # %% ../nbs/23d_growth_claims.ipynb #2fc0ce25
 from .breaking import ONE_ULP_RMS
-from .plans import ATOMIC_NOISE, ONE_FEATURE, ONE_ULP, RATE_DEPTHS, RATE_WIDTHS, STEPWISE, gradient_noise
+from .plans import (ATOMIC_NOISE, ONE_FEATURE, ONE_ULP, RATE_DEPTHS, RATE_WIDTHS, STEPWISE, SUPERPOSED,
+                            gradient_noise)
 from .profiles import PAPER, PROFILES, Profile
 from .summaries import (breaking_factor, breaking_order, growth_rates, linearity, prediction_error,
-                                rate_exponent, ratio)
+                                rate_exponent, ratio, superposition_error)
 from .verdicts import SMALL, Claim, Rows
 
 # %% ../nbs/23d_growth_claims.ipynb #e604abfd
 _LADDERS = (*SMALL, "ladder")
+_AT_STEPS = (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, _LADDERS),
+             ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("ladder", "cifar", "paper")),
+             *((f"noise of {eps:.2g}", gradient_noise(eps), eps, ("paper",)) for eps in PAPER.step_noises))
 
 GROWTH_CLAIMS = [
     Claim("fig09", "time to break is linear in ln(1 / noise at the start) (R^2)", linearity,
@@ -23,10 +27,10 @@ GROWTH_CLAIMS = [
           prediction_error, (dict(source="all features"), dict(source="three copies")), high=1.),
     *(Claim("fig09", f"the same for {what} at every step", prediction_error,
             (dict(source=source), dict(source=STEPWISE, noise=size)), high=1., profiles=profiles)
-      for what, source, size, profiles in (("one-ulp noise", ONE_ULP, ONE_ULP_RMS, _LADDERS),
-                                           ("atomic additions", ATOMIC_NOISE, 2. ** -24, ("ladder", "cifar", "paper")),
-                                           *((f"noise of {eps:.2g}", gradient_noise(eps), eps, ("paper",))
-                                             for eps in PAPER.step_noises))),
+      for what, source, size, profiles in _AT_STEPS),
+    *(Claim("fig09", f"the gains of one run foretell it for {what} at every step", superposition_error,
+            (dict(source=source), dict(source=SUPERPOSED)), high=1., profiles=on)
+      for what, source, _, profiles in _AT_STEPS if (on := tuple(name for name in profiles if name != "paper"))),
 ]
 
 # %% ../nbs/23d_growth_claims.ipynb #d4add67f

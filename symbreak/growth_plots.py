@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from .drawing import COLOURS, legend_right, spread
-from .plans import ROUNDING
+from .plans import ROUNDING, SUPERPOSED
 from .summaries import break_times, noise_like
 
 # %% ../nbs/30a_growth_plots.ipynb #5b825c03
@@ -41,7 +41,7 @@ FLOORS = {"float64": 2. ** -53, "float32": 2. ** -24}
 
 def break_ladder(table: pd.DataFrame, ax: Axes) -> Axes:
     "fig09, right: when symmetry breaks against the size of the noise; points measured, the line predicted"
-    sources = dict(list(table.groupby("source", sort=False)))
+    sources = dict(list(table[table.source != SUPERPOSED].groupby("source", sort=False)))
     ladder, copies = sources.pop("all features"), sources.pop("three copies")
     measured, predicted = (break_times(rows).rename("epochs").reset_index() for rows in (ladder, copies))
     ax.plot(measured.noise, measured.epochs, "o", color=COLOURS[0], markersize=4, label="all features")

@@ -6,8 +6,8 @@
 __all__ = ['Summary', 'gap', 'at_end', 'difference', 'ratio', 'repeatable', 'accuracy', 'rank_correlation', 'range_over_depths',
            'ratio_over_depths', 'having', 'most_distinct', 'over_blocks', 'width_factor', 'excess_width',
            'string_trend', 'reach', 'break_epoch', 'break_times', 'linearity', 'noise_like', 'prediction_error',
-           'breaking_order', 'breaking_factor', 'growth_rates', 'rate_exponent', 'twin_gaps', 'steps_to_gap',
-           'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
+           'superposition_error', 'breaking_order', 'breaking_factor', 'growth_rates', 'rate_exponent', 'twin_gaps',
+           'steps_to_gap', 'survives', 'bits_differ', 'largest_difference', 'cost_ratio']
 
 # %% ../nbs/23a_summaries.ipynb #47dc5dec
 import math
@@ -149,6 +149,11 @@ def prediction_error(measured: pd.DataFrame, predicted: pd.DataFrame) -> pd.Seri
     ours, theirs = break_times(measured), break_times(predicted)
     apart = (ours - theirs).abs() / (0.05 * ours).clip(lower=1)
     return apart.unstack("seed").max(skipna=False)  # NaN where either did not break
+
+def superposition_error(measured: pd.DataFrame, small: pd.DataFrame) -> pd.Series: # by seed
+    "As `prediction_error`, by the gains of runs with less noise, in which growth is linear"
+    eps = measured.noise.iloc[0]
+    return prediction_error(measured, small.assign(noise=eps, asymmetry=small.asymmetry * eps / small.noise))
 
 # %% ../nbs/23a_summaries.ipynb #9084c80d
 def _string_times(rows: pd.DataFrame) -> pd.DataFrame: # a row per string, a column per seed; infinite if it never broke
