@@ -178,9 +178,12 @@ def probe(device: str = "auto", # auto, cpu, cuda or cuda:N
 ) -> "pandas.DataFrame": # a row per case, those that matter first; attrs["machine"] says of which machine
     "Which operations of a device repeat themselves, treat copies alike, and ignore the rest of the batch"
     import pandas as pd
+    check_whole("reruns", reruns, lambda n: n >= 1, "a whole number >= 1")
+    check_whole("processes", processes, lambda n: n >= 0, "a whole number >= 0")
+    check_whole("seed", seed, lambda n: abs(n) < 2 ** 31, "a whole number between -2147483647 and 2147483647")
     found, listener = resolve_device(device), None
     if model and not dtypes: dtypes = {str(p.dtype)[6:]: p for p in model.parameters()}
-    chosen = _chosen(found, dtypes, threads, settings, reruns)
+    chosen = _chosen(found, dtypes, threads, settings)
     if model and not only: listener = listen(model, input, batches, tokens)
     asked = cases(only or (listener.heard.values() if listener else operations(width)), *chosen)
     rows = ask_all(asked, found, seed, lambda made: answers(made, reruns) | _digest(made), progress)
@@ -192,9 +195,8 @@ def probe(device: str = "auto", # auto, cpu, cuda or cuda:N
     return table
 
 # %% ../nbs/08_hardware.ipynb #6cf9a956
-def _chosen(device: torch.device, dtypes, threads, settings, reruns: int) -> tuple[tuple, tuple, tuple]:
+def _chosen(device: torch.device, dtypes, threads, settings) -> tuple[tuple, tuple, tuple]:
     "Precisions, threads and settings, checked"
-    check_whole("reruns", reruns, lambda n: n >= 1, "a whole number >= 1")
     known = ("float32", "float64", "bfloat16", "float16")
     threads = ((1, cores()) if device.type == "cpu" else (1,)) if threads is None else tuple(threads)
     chosen = tuple(dtypes or dtypes_of(device)), threads, tuple(settings or settings_of(device))

@@ -88,7 +88,7 @@ def predict(config: Config, # of the runs that are predicted; its own breakers d
             threshold: float = 0.1, # ... the asymmetry at which symmetry counts as broken, between 0 and 1
             every_step: bool = False, # False: noise on the weights at the start; True: on the gradients of all steps
             seeds: int = 3, # runs of three copies for each size, from the configuration's seed on
-            superpose: bool = False, # True: for all sizes the runs with the least noise at every step, whose gains add up
+            superpose: bool = False, # True: all sizes by the gains of runs with the least noise at every step
             data: Dataset | None = None, # loaded already; None: what the configuration names
             store: Store | None = None, # where the runs live; None: nothing is written
 ) -> pd.DataFrame: # columns eps, break_epoch (mean), low, high (NaN unless all seeds break), broken, seeds

@@ -63,7 +63,7 @@ class Progress:
         "Look at what is on disk and show it"
         if not self.labels: return
         done = {config: self.store.epochs_done(config) for config in self.labels}
-        finished, epochs = sum(self.store.find(config) is not None for config in done), sum(done.values())
+        finished, epochs = sum(epoch == config.epochs for config, epoch in done.items()), sum(done.values())
         now = [self.labels[config] for config, epoch in done.items() if 0 < epoch < config.epochs][:2]
         text = f"{self.name}: {finished} of {len(done)} runs finished" + (f" (now {'; '.join(now)})" if now else "")
         if self.bar: self.bar.update(self.task, description=text, completed=epochs)

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
-from .config import Config, brief, check_range, check_type
+from .config import Config, check_range, check_type
+from .init import brief
 
 # %% ../nbs/11c_values.ipynb #9d2eb3b0
 _WORDS = {"true": True, "false": False, "none": None}
