@@ -9,7 +9,7 @@ import pytest
 from symbreak.headlines import all_verdicts, claims_page, committed, readme_table
 from symbreak.files import home
 from symbreak.results import collect
-from symbreak.summaries import break_times, linearity
+from symbreak.summaries import break_times, linearity, superposition_error
 
 ROOT = home()
 sys.path.insert(0, str(ROOT / "tools"))
@@ -51,8 +51,11 @@ def test_accuracies_on_all_of_cifar10_are_those_of_the_committed_runs():
         assert said == [f"{100 * ends[curve]:.{digits}f}" for curve in curves], path
 
 
+def fig09_table(profile): return pd.read_csv(StringIO(committed(ROOT / "figures" / profile / "fig09.csv")))
+
+
 def fig09(profile):
-    table = pd.read_csv(StringIO(committed(ROOT / "figures" / profile / "fig09.csv")))
+    table = fig09_table(profile)
     measured, foretold = (table[table.source == source] for source in ("all features", "three copies"))
     return measured, (break_times(measured) - break_times(foretold)).abs()
 
@@ -66,3 +69,14 @@ def test_what_three_copies_foretell_is_as_good_as_is_said():
         text = " ".join(re.sub(r'\\n",?|"', " ", (ROOT / path).read_text(encoding="utf-8")).split())
         assert re.search(rf"\b{(apart < 3).sum()} of {len(apart)} runs\b", text) and said.get(path, "") in text, path
         assert re.search(rf"all of {len(on_images)} runs are within {on_images.max():.1f}\b", text), path
+
+
+def test_what_the_gains_of_one_run_foretell_is_as_good_as_is_said():
+    """Written by hand, in README: within an epoch on CIFAR images, within three on digits; atomic additions later."""
+    sources = "one-ulp gradient noise", "hardware noise (atomic additions)", "three copies, gains of one run"
+    for profile, within in (("cifar", 1), ("quick", 3), ("ladder", 3)):
+        table = fig09_table(profile)
+        ulp, atomic, gains = (table[table.source == source] for source in sources)
+        assert (superposition_error(ulp, gains) < within).all(), profile
+        if len(atomic): assert (superposition_error(atomic, gains) > 1).all(), profile
+        if len(atomic): assert (break_times(atomic).droplevel(0) > break_times(ulp).droplevel(0)).all(), profile
