@@ -1,4 +1,8 @@
 """The tools that judge notebooks see what they should, and nothing else."""
+import subprocess
+import sys
+from pathlib import Path
+
 import nbformat
 import nbformat.v4 as v4
 import pytest
@@ -8,6 +12,8 @@ from notebooks import agree, stale, test as wrong_with, texts
 from reading_order import NBS, reading_order
 
 from symbreak.provenance import device_name
+
+TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def write(path, *cells):
@@ -89,3 +95,9 @@ def test_every_notebook_is_listed():
     listed = reading_order()
     names = [path.relative_to(NBS).as_posix() for path in (*NBS.glob("*.ipynb"), *NBS.glob("figures/*.ipynb"))]
     assert [name for name in names if f"]({name})" not in listed] == []
+
+
+@pytest.mark.parametrize("asked", ["sample nosuch --seed 1", "sample --seed 1 nosuch"])
+def test_modules_of_mutants_may_come_before_or_after_options(asked):
+    done = subprocess.run([sys.executable, TOOLS / "mutants.py", *asked.split()], capture_output=True, text=True)
+    assert done.returncode == 2 and "MODULE: nosuch; allowed: quotient, breaking" in done.stderr

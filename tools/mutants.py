@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=240, help="seconds for one mutant; longer counts as caught")
     parser.add_argument("--workers", type=int, default=2, help="modules at once")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # modules may come last
     if unknown := set(options.modules) - set(GUARDS):
         parser.error(f"MODULE: {', '.join(unknown)}; allowed: {', '.join(GUARDS)}")
     if options.what == "guard": return [guard(module) for module in options.modules] and 0
