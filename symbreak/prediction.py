@@ -98,7 +98,8 @@ def predict(config: Config, # of the runs that are predicted; its own breakers d
     eps = tuple(eps) if isinstance(eps, Iterable) else (eps,)
     if not eps or not all(isinstance(e, (int, float)) and 0 < e < threshold for e in eps):
         raise ValueError(f"eps: {eps!r}; allowed: one or more above 0 and below the threshold of {threshold:g}")
-    if superpose and not every_step: raise ValueError("superpose: True; allowed: for noise at every step")
+    if superpose and not (every_step and config.net == "ConstNet"):
+        raise ValueError("superpose: True; allowed: for noise at every step, in a ConstNet")
     if type(seeds) is not int or seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
     if config.epochs < 1: raise ValueError(f"config: {config.epochs} epochs; allowed: at least 1")
     if differs_at_start(config, data):
@@ -107,9 +108,10 @@ def predict(config: Config, # of the runs that are predicted; its own breakers d
         return table
     rows, reasons = [], {}
     trained_with = {e: least_noise(config.net, True) if superpose else e for e in eps}
-    asked = {size: three_copies(config, size, every_step) for size in trained_with.values()}  # before any is trained
-    trained = {size: [_train(replace(copies, seed=seed), data, store)
-                      for seed in range(config.seed, config.seed + seeds)] for size, copies in asked.items()}
+    copies = {e: three_copies(config, e, every_step) for e in eps}  # all are looked at before any is trained
+    asked = {size: copies.get(size) or three_copies(config, size, every_step) for size in trained_with.values()}
+    trained = {size: [_train(replace(c, seed=seed), data, store)
+                      for seed in range(config.seed, config.seed + seeds)] for size, c in asked.items()}
     for e, size in trained_with.items():
         runs = trained[size]
         epochs = pd.Series([_when(run, threshold, e / size) for run in runs])
