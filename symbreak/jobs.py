@@ -41,14 +41,15 @@ def ticket_file(store: Store, config: Config) -> Path:
     "Which job of Slurm has the run"
     return jobs_folder(store)/f"{config.hash}.job.json"
 
-def _read(path: Path) -> str:
+def _said(path: Path) -> str: # empty if there is no such file
     try: return path.read_text(errors="replace").strip() or "no word"
+    except FileNotFoundError: return ""
     except OSError as e: return f"unreadable ({e.strerror})"
 
 def failures(configs: Iterable[Config], store: Store) -> dict[Config, str]: # -> last line of the traceback
     "The runs that failed and have not been finished since"
-    failed = {c: failure_file(store, c) for c in configs if store.find(c) is None}
-    return {c: _read(path).splitlines()[-1] for c, path in failed.items() if path.exists()}
+    said = {c: _said(failure_file(store, c)) for c in configs if store.find(c) is None}
+    return {c: text.splitlines()[-1] for c, text in said.items() if text}
 
 # %% ../nbs/16_jobs.ipynb #1c33a0f0
 def note_failure(store: Store, config: Config, said: str) -> None:

@@ -170,14 +170,15 @@ def growth_plan(profile: Profile) -> list[Planned]:
     def all_features(eps): return replace(base, weight_noise=eps, precision="float32" if eps >= 1e-4 else "float64")
     at_start = {"all features": all_features, "three copies": partial(three_copies, base)}
     at_steps = {source: _FOLLOWED[source] for source in profile.followed}
+    superposed = [Planned(SUPERPOSED, three_copies(base, LEAST, every_step=True), dict(source=SUPERPOSED, noise=LEAST))]
     if not profile.emulates_noise:
+        superposed = []
         at_steps |= {gradient_noise(eps): (dict(gradient_noise=eps), eps) for eps in profile.step_noises}
     return ([Planned(f"{source}, noise {eps:g}", make(eps), dict(source=source, noise=eps))
              for source, make in at_start.items() for eps in profile.noises] +
             [Planned(f"{STEPWISE}, noise {eps:g}", three_copies(base, eps, every_step=True),
                      dict(source=STEPWISE, noise=eps)) for eps in profile.step_noises] +
-            [Planned(SUPERPOSED, three_copies(base, eps, every_step=True), dict(source=SUPERPOSED, noise=eps))
-             for eps in (LEAST,) if profile.emulates_noise] +
+            superposed +
             [Planned(source, replace(base, **changes), dict(source=source, noise=eps))
              for source, (changes, eps) in at_steps.items()])
 
