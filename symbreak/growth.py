@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .init import check_number, check_whole
+
 # %% ../nbs/07_growth.ipynb #ba426b82
 def _asymmetries(history: "pandas.DataFrame") -> tuple[np.ndarray, np.ndarray]: # epochs, asymmetries
     "What was measured, in the order of epochs"
@@ -34,8 +36,7 @@ def _asymmetries(history: "pandas.DataFrame") -> tuple[np.ndarray, np.ndarray]: 
 
 def _check_share(name: str, value: float) -> None:
     "Raise ValueError unless a number is one between 0 and 1"
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < 1):
-        raise ValueError(f"{name}: {value!r}; allowed: between 0 and 1")
+    check_number(name, value, lambda share: 0 < share < 1, "between 0 and 1")
 
 def _alive(history: "pandas.DataFrame", since: float = 0) -> bool: # True, too, where there are no accuracies
     "Is a network, in an epoch or later, right more often than with one answer to all images?"
@@ -82,7 +83,7 @@ def growth_rate(history: "pandas.DataFrame", # columns epoch, asymmetry, as `Run
 ) -> Growth:
     "Rate of exponential growth of asymmetry per epoch, with its uncertainty and its window"
     for name, value in (("high", high), ("straight", straight)): _check_share(name, value)
-    if type(points) is not int or points < 3: raise ValueError(f"points: {points!r}; allowed: 3 or more")
+    check_whole("points", points, lambda count: count >= 3, "3 or more")
     epochs, values = _asymmetries(history)
     end = int((values >= high).argmax()) if (values >= high).any() else len(values)
     none = Growth(math.nan, math.nan, math.nan, math.nan)

@@ -32,7 +32,7 @@ def _outputs(weight: Tensor, groups: int) -> int:
     if not weight.is_floating_point() or weight.element_size() == 1:
         raise ValueError(f"weight: {weight.dtype}; allowed: floating point of 16 bits or more")
     if type(groups) is not int or groups < 1 or len(weight) % groups:
-        raise ValueError(f"groups: {groups!r}; allowed: whole numbers >= 1 that divide the {len(weight)} outputs")
+        raise ValueError(f"groups: {brief(groups)}; allowed: whole numbers >= 1 that divide the {len(weight)} outputs")
     return len(weight) // groups
 
 # %% ../nbs/01_init.ipynb #b2c5d1a0

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .init import (averaging_, check_number, check_whole, choose, delta_orthogonal_, he_, identity_,
-                           leaky_normal_, parse_init)
+from .init import (averaging_, brief, check_number, check_whole, choose, delta_orthogonal_, he_,
+                           identity_, leaky_normal_, parse_init)
 
 # %% ../nbs/02_nets.ipynb #e3688370
 STRIDES = (1, 2, 2)
@@ -27,7 +27,8 @@ def _blocks_per_stage(depth: int, layers_per_block: int = 1) -> int:
     "`n` of `depth = 3 n layers_per_block + 4`"
     per_n = 3 * layers_per_block
     if not isinstance(depth, int) or not 4 + per_n <= depth <= 10 ** 5 or (depth - 4) % per_n:
-        raise ValueError(f"depth: {depth!r}; allowed: {per_n}n + 4 with n >= 1 ({per_n + 4}, {2 * per_n + 4}, ...)")
+        raise ValueError(f"depth: {brief(depth)}; allowed: {per_n}n + 4 with n >= 1 ({per_n + 4}, {2 * per_n + 4}, "
+                         "...)")
     return (depth - 4) // per_n
 
 # %% ../nbs/02_nets.ipynb #326ee45a

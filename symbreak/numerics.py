@@ -15,6 +15,8 @@ from typing import Iterator
 
 import torch
 
+from .init import check_whole
+
 # %% ../nbs/04a_numerics.ipynb #44c59e26
 ALGORITHMS, WORKSPACE = "use_deterministic_algorithms", "CUBLAS_WORKSPACE_CONFIG"
 _REDUCTIONS = tuple(f"backends.cuda.matmul.allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16"))
@@ -96,8 +98,7 @@ def fresh_compiler() -> None:
 @contextmanager
 def cpu_threads(threads: int): # >= 1
     "So many threads of the CPU share an operation, for the length of a `with` block"
-    if type(threads) is not int or not 1 <= threads <= 4096:
-        raise ValueError(f"threads: {threads!r}; allowed: a whole number from 1 to 4096")
+    check_whole("threads", threads, lambda count: 1 <= count <= 4096, "a whole number from 1 to 4096")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try: yield

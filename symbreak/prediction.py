@@ -19,6 +19,7 @@ from .data import Dataset
 from .diversity import layer_asymmetry
 from .growth import break_time
 from .images import images
+from .init import brief, check_number, check_whole
 from .network import build
 from .outcome import Run, learned
 from .runs import Store
@@ -38,7 +39,8 @@ def three_copies(config: Config, # of an identical ConstNet or a LeakyNet withou
     "The configuration of three copies of each feature that stands for a run with noise"
     apart = _APART.get(config.net, 0.) if every_step else 0.
     if not eps >= (least := max(LEAST, 1e3 * apart)):
-        raise ValueError(f"eps: {eps!r}; allowed: at least {least:g}, below which float64 tells of its own rounding")
+        raise ValueError(f"eps: {brief(eps)}; allowed: at least {least:g}, below which float64 tells of its own "
+                         "rounding")
     noise = dict(weight_noise=apart or eps, gradient_noise=eps if every_step else 0.)
     try: return replace(config, **_OFF, **noise, quotient=True, copies=3, precision="float64", measure_every=1)
     except ValueError as e:
@@ -89,14 +91,13 @@ def predict(config: Config, # of the runs that are predicted; its own breakers d
             store: Store | None = None, # where the runs live; None: nothing is written
 ) -> pd.DataFrame: # columns eps, break_epoch (mean), low, high (NaN unless all seeds break), broken, seeds
     "When noise will have broken the symmetry, at a cost that does not depend on width"
-    if not (isinstance(threshold, (int, float)) and 0 < threshold < 1):
-        raise ValueError(f"threshold: {threshold!r}; allowed: between 0 and 1")
+    check_number("threshold", threshold, lambda share: 0 < share < 1, "between 0 and 1")
     eps = tuple(eps) if isinstance(eps, Iterable) else (eps,)
     if not eps or not all(isinstance(e, (int, float)) and 0 < e < threshold for e in eps):
-        raise ValueError(f"eps: {eps!r}; allowed: one or more above 0 and below the threshold of {threshold:g}")
+        raise ValueError(f"eps: {brief(eps)}; allowed: one or more above 0 and below the threshold of {threshold:g}")
     if superpose and not (every_step and config.net == "ConstNet"):
         raise ValueError("superpose: True; allowed: for noise at every step, in a ConstNet")
-    if type(seeds) is not int or seeds < 1: raise ValueError(f"seeds: {seeds!r}; allowed: at least 1")
+    check_whole("seeds", seeds, lambda count: count >= 1, "at least 1")
     if config.epochs < 1: raise ValueError(f"config: {config.epochs} epochs; allowed: at least 1")
     if differs_at_start(config, data):
         table = pd.DataFrame([dict(eps=e, break_epoch=0., low=0., high=0., broken=seeds, seeds=seeds) for e in eps])

@@ -15,6 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from .init import brief
 from .nets import ConstNet, DeltaOrthogonalNet, LeakyNet, WideResNet, layer_outputs
 
 # %% ../nbs/03_propagation.ipynb #8185f709
@@ -96,7 +97,7 @@ def rectified_cosine(rho: float, # cosine before, -1 <= rho <= 1, of centred Gau
                      slope: float = 0., # of the rectifier for negative values; 0: ReLU, 1: no rectifier
 ) -> float: # cosine afterwards
     "Cosine of two inputs after a (leaky) rectifier (Cho & Saul 2009, arc-cosine kernel of order 1)"
-    if not -1 <= rho <= 1: raise ValueError(f"rho: {rho!r}; allowed: -1 <= rho <= 1")
+    if not -1 <= rho <= 1: raise ValueError(f"rho: {brief(rho)}; allowed: -1 <= rho <= 1")
     relu = (math.sqrt(1 - rho ** 2) + rho * (math.pi - math.acos(rho))) / math.pi
     return ((1 - slope) ** 2 * relu + 2 * slope * rho) / (1 + slope ** 2)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .causes import Trials
-from .init import choose
+from .init import brief, check_whole, choose
 from .layers import copied_modules, layers
 from .rounding import Rounding, rounding
 from .states import STATES, row
@@ -190,8 +190,8 @@ def _refuse(model: nn.Module, steps: int, lr: float) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"model: {name and f'{name} '}is a {type(module).__name__}; allowed: what it was made "
                              "from")
-    if type(steps) is not int or steps < 0: raise ValueError(f"steps: {steps!r}; allowed: a whole number >= 0")
-    if not lr > 0: raise ValueError(f"lr: {lr!r}; allowed: > 0")
+    check_whole("steps", steps, lambda count: count >= 0, "a whole number >= 0")
+    if not lr > 0: raise ValueError(f"lr: {brief(lr)}; allowed: > 0")
 
 def _trials(model: nn.Module, batch: Any, *how) -> Trials:
     "The trials, or why the model does not run"

@@ -17,15 +17,21 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
+from torch import nn
 
 from symbreak.cache import DataError
 from symbreak.config import MAXIMUM, MINIMUM, Config, learning_rate
 from symbreak.data import load, stratified
 from symbreak.diversity import asymmetry, distinct_features, effective_width, layer_asymmetry, weight_correlation
+from symbreak.growth import growth_rate
 from symbreak.init import averaging_, delta_orthogonal_, he_, identity_, leaky_normal_, parse_init
-from symbreak.nets import LeakyNet, UniqueFeatureMLP, weight_layers
+from symbreak.nets import ConstNet, LeakyNet, UniqueFeatureMLP, weight_layers
+from symbreak.numerics import cpu_threads
+from symbreak.prediction import predict, three_copies
+from symbreak.propagation import rectified_cosine
 from symbreak.quotient import expand, partition, quotient
 from symbreak.records import read_lines, read_sealed, sealed, without_nan, write_json, write_lines
+from symbreak.symmetry import check
 from symbreak.train import train
 
 EPS = 1e-9
@@ -154,6 +160,18 @@ def test_hashes_are_the_same_in_every_process(configs):
         found = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(PYTHONHASHSEED=seed), text=True,
                                input=json.dumps([asdict(c) for c in configs]), capture_output=True, check=True)
         assert found.stdout.split() == [c.hash for c in configs]
+
+
+@pytest.mark.parametrize("name, call", {
+    "depth": lambda huge: ConstNet(huge), "groups": lambda huge: he_(torch.ones(4, 4), groups=-huge),
+    "threads": lambda huge: cpu_threads(huge).__enter__(), "rho": rectified_cosine,
+    "points": lambda huge: growth_rate(None, points=-huge), "high": lambda huge: growth_rate(None, high=huge),
+    "eps": lambda huge: three_copies(Config(), -huge), "threshold": lambda huge: predict(Config(), 1e-9, huge),
+    "seeds": lambda huge: predict(Config(), 1e-9, seeds=-huge),
+    "steps": lambda huge: check(nn.Linear(2, 2), torch.ones(3, 2), steps=-huge),
+    "lr": lambda huge: check(nn.Linear(2, 2), torch.ones(3, 2), lr=-huge)}.items())
+def test_a_number_of_more_digits_than_python_writes_is_refused_by_name(name, call):
+    with pytest.raises(ValueError, match=f"^{name}: int of too many digits; allowed: "): call(10 ** 5000)
 
 
 @given(configurations(), st.integers(0, 1000), st.floats(0, 1))
