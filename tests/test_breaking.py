@@ -368,20 +368,20 @@ def test_absent_sources_have_no_hooks():
 
 
 @pytest.mark.parametrize("changes, names, moments", [
-    (dict(weight_noise=1e-6), "weight noise", {"on_weights"}),
-    (dict(dropout=0.01), "dropout", set()),
-    (dict(input_noise=0.1), "input noise", {"on_batch"}),
-    (dict(gradient_ulps=1), "one-ulp gradient noise", {"on_gradients"}),
-    (dict(reduction="row"), "random reduction", {"on_network"}),
-    (dict(ulp_layer="stem", ulp_step=3), "one ulp in one layer", {"on_network", "after_step"}),
-    (dict(dropout=0.01, gradient_ulps=1), "dropout + one-ulp gradient noise", {"on_gradients"}),
-    (dict(quotient=True), "none", set()),
-    (dict(quotient=True, weight_noise=1e-6), "none", {"on_weights"}),
+    (dict(weight_noise=1e-6), "weight noise", ("on_weights",)),
+    (dict(dropout=0.01), "dropout", ()),
+    (dict(input_noise=0.1), "input noise", ("on_batch",)),
+    (dict(gradient_ulps=1), "one-ulp gradient noise", ("on_gradients",)),
+    (dict(reduction="row"), "random reduction", ("on_network",)),
+    (dict(ulp_layer="stem", ulp_step=3), "one ulp in one layer", ("on_network", "after_step")),
+    (dict(dropout=0.01, gradient_ulps=1), "dropout + one-ulp gradient noise", ("on_gradients",)),
+    (dict(quotient=True), "none", ()),
+    (dict(quotient=True, weight_noise=1e-6), "none", ("on_weights",)),
 ], ids=str)
 def test_each_field_has_its_source_and_its_moments(changes, names, moments):
     config = Config(**changes)
     assert breaker_names(config) == names
-    assert {moment for moment in MOMENTS if hooks(config, moment)} == moments
+    assert {moment for moment in MOMENTS if hooks(config, moment)} == set(moments)
 
 
 def test_the_loop_knows_no_source_by_name():

@@ -39,7 +39,8 @@ def test_any_dtype(dtype):
     assert distinct_features(rows) == distinct_features(rows.T, dim=1) == distinct_features(rows[:2, 0]) == 2
 
 
-@pytest.mark.parametrize("dtype", {d for d in vars(torch).values() if isinstance(d, torch.dtype)}, ids=str)
+@pytest.mark.parametrize("dtype", sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str),
+                         ids=str)
 @pytest.mark.parametrize("atol", [0., 0.1])
 @pytest.mark.filterwarnings("ignore")
 def test_every_dtype_of_torch_is_counted_or_refused_by_name(dtype, atol):

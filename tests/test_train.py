@@ -39,6 +39,13 @@ def test_bf16_where_the_instructions_are_there(monkeypatch):
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_a_gpu_multiplies_in_tf32_only_where_that_is_asked_for(precision, monkeypatch):
+    monkeypatch.setattr(training, "usable_device", lambda config: torch.device("cpu"))  # which has no use for it
+    switches = train(replace(TINY, precision=precision, epochs=1)).record["switches"]
+    assert switches["backends.cuda.matmul.allow_tf32"] == switches["backends.cudnn.allow_tf32"] == (precision == "tf32")
+
+
 @pytest.mark.parametrize("option", [
     dict(precision="float64"), dict(channels_last=True), dict(skip="rectified"), dict(reduction="row"),
     dict(reduction="global"), dict(weight_noise=1e-3), dict(input_noise=0.1), dict(gradient_ulps=2),
