@@ -29,13 +29,22 @@ BITS = {
         "input and weight noise": ("ac07181912731d4d", "e8898cf3522a6146", "b7c01fd8cc276af8"),
         "one ulp in a layer": ("b174f318f6c44448", "948f5ccec0f4aec9", "789ab5081fa4de8a"),
     },
+    ("Intel(R)", "AVX512 and AMX", "2.13"): {
+        "dropout and augmentation": ("b174f318f6c44448", "9e5de5f94dcef06a", "232bda688f21a1d1"),
+        "LeakyNet, one-ulp noise": ("03d015aec631e77f", "fe32ce74903b9333", "ad3e65997c3e4d08"),
+        "random reduction": ("b174f318f6c44448", "948f5ccec0f4aec9", "0e98ca34380c5ec3"),
+        "quotient": ("e1b99fecc31c3d45", "f35e67ecec5255ac", "191d309300b8654d"),
+        "input and weight noise": ("ac07181912731d4d", "e8898cf3522a6146", "103d132cdf862e37"),
+        "one ulp in a layer": ("b174f318f6c44448", "948f5ccec0f4aec9", "a635cf4b3c830edf"),
+    },
 }
 
 
 def kernels() -> tuple[str, str, str]:
     "What decides how this machine rounds: maker, instructions, release of torch"
     maker = device_name(torch.device("cpu")).split()[0]
-    return maker, torch.backends.cpu.get_cpu_capability(), ".".join(torch.__version__.split(".")[:2])
+    instructions = torch.backends.cpu.get_cpu_capability() + " and AMX" * torch.cpu._is_amx_tile_supported()
+    return maker, instructions, ".".join(torch.__version__.split(".")[:2])
 
 
 @pytest.mark.parametrize("name", RUNS)
