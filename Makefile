@@ -23,7 +23,7 @@ reproduce: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python tools/notebooks.py test nbs/*.ipynb
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile  # two, since some tests start as many processes themselves
 
 soak: .venv/installed
 	$(BIN)/pytest --soak tests/test_soak.py tests/test_damage.py tests/test_any_input.py
