@@ -2,12 +2,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import nbformat.v4 as v4
 import pytest
 import torch
 from house import Room, cycles, imported, long_lines, python, upward
+from mutants import outcome
 from notebooks import agree, stale, test as wrong_with, texts
 from reading_order import NBS, reading_order
 
@@ -101,3 +103,10 @@ def test_every_notebook_is_listed():
 def test_modules_of_mutants_may_come_before_or_after_options(asked):
     done = subprocess.run([sys.executable, TOOLS / "mutants.py", *asked.split()], capture_output=True, text=True)
     assert done.returncode == 2 and "MODULE: nosuch; allowed: quotient, breaking" in done.stderr
+
+
+@pytest.mark.parametrize("test_outcome, output, fared", [
+    ("survived", "5 passed", "survived"), ("killed", "1 failed", "caught"), ("killed", "timeout", "out of time"),
+    ("killed", "cannot be imported: NameError()", "stillborn")])
+def test_a_mutant_that_ran_out_of_time_is_told_from_one_that_a_test_caught(test_outcome, output, fared):
+    assert outcome(SimpleNamespace(test_outcome=test_outcome, output=output)) == fared

@@ -131,13 +131,16 @@ def run(module: str, places: int, seed: int, timeout: int) -> list[str]: # how e
         if guarded.returncode: raise RuntimeError(f"{module}: fails without any mutant\n{guarded.stdout.decode()}")
     (BUILD / f"{module}.diff").write_text(survivors, encoding="utf-8")
     counted = [fared for fared, _ in found if fared != "stillborn"]
-    print(f"{module:12}{counted.count('caught'):4} of {len(counted):3} caught", flush=True)
+    late = counted.count("out of time")
+    print(f"{module:12}{counted.count('caught') + late:4} of {len(counted):3} caught" +
+          f", {late} of them since they took more than {timeout} s" * bool(late), flush=True)
     return counted
 
 
 def outcome(result) -> str:
     """How a mutant has fared."""
     if result.test_outcome == "survived": return "survived"
+    if result.output == "timeout": return "out of time"  # it hangs, or the machine has other work
     return "stillborn" if STILLBORN in (result.output or "") else "caught"
 
 
@@ -145,7 +148,7 @@ def sample(modules: list[str], workers: int, **how) -> int:
     """Try mutants of modules, and fail if less than nine in ten were caught."""
     with ThreadPoolExecutor(workers) as pool:
         found = sum(pool.map(partial(run, **how), modules), [])
-    caught = found.count("caught")
+    caught = len(found) - found.count("survived")
     print(f"{caught} of {len(found)} caught ({caught / len(found):.0%}). Those that survived are in {BUILD}/*.diff; "
           "tests/MUTANTS.md judges the ones that are known")
     return 0 if caught >= 0.9 * len(found) else 1
