@@ -23,6 +23,7 @@ from symbreak.nets import ConstNet, LeakyNet
 from symbreak.probing import sizes
 from symbreak.processes import in_new_processes
 from symbreak.symmetry import COLUMNS, check
+from symbreak.provenance import device_name
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +195,9 @@ def test_sums_in_float64_part_copies_by_rounding_at_the_size_of_the_probe():
         for p in (*wide[0].parameters(), wide[2].weight.T): p.copy_(p[:1].expand_as(p).clone())
     found = check(wide, x(16, 20).double(), steps=5)
     assert found.table.parted_by[0] == "rounding noise" and says(found, "copies come out as", "eps", "float64")
-    assert {"linear", "linear, bias gradient", "head, input gradient"} & set(found.rounding.table.op)
+    known = {"linear", "head, input gradient"}
+    if "AMD" not in device_name(torch.device("cpu")): known.add("linear, bias gradient")
+    assert known & set(found.rounding.table.op)
     assert (found.rounding.table.channel_size > 0).all() and found.rounding.steps is None
 
 
