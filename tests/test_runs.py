@@ -115,7 +115,8 @@ def test_workers_save_what_they_have_when_the_parent_is_interrupted(tmp_path):
     with start(tmp_path, config) as process:
         while len(read_lines(files.metrics)) < 5 and process.poll() is None: time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        try: said = process.communicate(timeout=60)[1]
+        finally: process.kill()  # else a parent that waits for its workers is waited for without end
     assert said.strip().endswith("KeyboardInterrupt") and "Process Spawn" not in said
     assert read_checkpoint(files.checkpoint)["epoch"] >= 3  # the row of epoch 4 is there a moment before its checkpoint
 
