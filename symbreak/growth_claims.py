@@ -7,8 +7,8 @@ __all__ = ['GROWTH_CLAIMS', 'RATE_CLAIMS', 'ORDER_CLAIMS']
 
 # %% ../nbs/23d_growth_claims.ipynb #2fc0ce25
 from .breaking import ONE_ULP_RMS
-from .plans import (ATOMIC_NOISE, ONE_FEATURE, ONE_ULP, RATE_DEPTHS, RATE_WIDTHS, STEPWISE, SUPERPOSED,
-                            gradient_noise)
+from .plans import (ATOMIC_NOISE, NOISED_AT_START, ONE_FEATURE, ONE_ULP, RATE_DEPTHS, RATE_WIDTHS, STEPWISE,
+                            SUPERPOSED, gradient_noise, start_noise)
 from .profiles import PAPER, PROFILES, Profile
 from .summaries import (breaking_factor, breaking_order, growth_rates, linearity, prediction_error,
                                 rate_exponent, ratio, superposition_error)
@@ -52,9 +52,10 @@ def _rate_claims(profile: Profile) -> list[Claim]:
 RATE_CLAIMS = [claim for name in ("quick", "cifar", "paper") for claim in _rate_claims(PROFILES[name])]
 
 # %% ../nbs/23d_growth_claims.ipynb #f3d10a41
-def _order_claims(what: str, noise: float, profiles: tuple[str, ...]) -> list[Claim]:
-    "abl06, for noise of a size at every step"
-    rows = dict(source="all features", init=ONE_FEATURE), dict(source=STEPWISE, init=ONE_FEATURE, noise=noise)
+def _order_claims(what: str, noise: float, profiles: tuple[str, ...], measured: str = "all features",
+                  predicted: str = STEPWISE) -> list[Claim]:
+    "abl06, for noise of a size"
+    rows = (dict(source=measured, init=ONE_FEATURE), dict(source=predicted, init=ONE_FEATURE, noise=noise))
     return [Claim("abl06", f"three copies foretell in which order LeakyNet's strings break, {what} (rank correlation)",
                   breaking_order, rows, low=0.8, profiles=profiles),
             Claim("abl06", f"and when, {what} (typical factor, predicted over measured epoch)", breaking_factor, rows,
@@ -62,4 +63,8 @@ def _order_claims(what: str, noise: float, profiles: tuple[str, ...]) -> list[Cl
 
 ORDER_CLAIMS = [*_order_claims("one-ulp noise", ONE_ULP_RMS, SMALL),
                 *_order_claims("noise of float32's rounding", 2. ** -24, ("paper",)),
-                *_order_claims("noise of TensorFloat-32's rounding", 2. ** -11, ("paper",))]
+                *_order_claims("noise of TensorFloat-32's rounding", 2. ** -11, ("paper",)),
+                *_order_claims("noise of bfloat16's rounding", 2. ** -8, ("paper",), gradient_noise(2. ** -8)),
+                *(claim for eps in reversed(PAPER.step_noises) for claim in _order_claims(
+                    f"noise of {eps:.2g} at the start", eps, ("paper",), start_noise(eps), NOISED_AT_START))]
+

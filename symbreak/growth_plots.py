@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from .drawing import COLOURS, legend_right, spread
-from .plans import ROUNDING, SUPERPOSED
+from .plans import ROUNDING, STEPWISE, SUPERPOSED
 from .summaries import break_times, noise_like
 
 # %% ../nbs/30a_growth_plots.ipynb #5b825c03
@@ -99,8 +99,8 @@ def strings_growth(table: pd.DataFrame, # histories with columns source, noise, 
                    ax: Axes) -> Axes:
     "abl06: asymmetry of the most asymmetric layer; points measured on all features, lines predicted"
     for colour, (init, rows) in zip(COLOURS, table.groupby("init", sort=False)):
-        points, lines = rows[rows.source == "all features"], rows[rows.source != "all features"]
-        for width, (_, line) in zip((1.5, 0.7), lines.groupby("noise")):
+        points, lines = rows[rows.source == "all features"], rows[rows.source == STEPWISE]
+        for width, (_, line) in zip((1.5, 1., 0.5), lines.groupby("noise")):
             line = _logs(line)
             ax.plot(line.epoch, line.asymmetry, color=colour, linewidth=width, label=init)
         points = _logs(points) if len(points) else points

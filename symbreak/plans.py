@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPUTED', 'ATOMIC_NOISE', 'ONE_ULP', 'ATOMIC', 'STARTS', 'SURVIVAL_WIDTHS', 'IS_X86', 'STEPWISE', 'SUPERPOSED',
-           'ROUNDING', 'RATE_WIDTHS', 'RATE_DEPTHS', 'STRINGS', 'ONE_FEATURE', 'Planned', 'breaker', 'facts',
-           'breakers_plan', 'skips_plan', 'survival_plan', 'arithmetic_plan', 'lengths_plan', 'gradient_noise',
-           'growth_plan', 'rates_plan', 'strings_plan', 'order_plan', 'travel_plan', 'toy_plan']
+           'ROUNDING', 'RATE_WIDTHS', 'RATE_DEPTHS', 'STRINGS', 'ONE_FEATURE', 'NOISED_AT_START', 'Planned', 'breaker',
+           'facts', 'breakers_plan', 'skips_plan', 'survival_plan', 'arithmetic_plan', 'lengths_plan', 'gradient_noise',
+           'growth_plan', 'rates_plan', 'strings_plan', 'start_noise', 'order_plan', 'travel_plan', 'toy_plan']
 
 # %% ../nbs/20a_plans.ipynb #c71f606c
 import platform
@@ -163,12 +163,14 @@ _FOLLOWED = {  # changes to a configuration, and the nominal size of the noise
 
 def gradient_noise(eps: float) -> str: return f"all features, disturbed at every step by {eps:g}"
 
+def _all_features(base: Config, eps: float) -> Config: # in a dtype whose own rounding is small beside the noise
+    return replace(base, weight_noise=eps, precision="float32" if eps >= 1e-4 else "float64")
+
 def growth_plan(profile: Profile) -> list[Planned]:
     "fig09: noise at the start, measured on all features and on three copies"
     base = replace(profile.base, **profile.growth, schedule="constant", channels_last=False, measure_every=1,
                    precision="float32")
-    def all_features(eps): return replace(base, weight_noise=eps, precision="float32" if eps >= 1e-4 else "float64")
-    at_start = {"all features": all_features, "three copies": partial(three_copies, base)}
+    at_start = {"all features": partial(_all_features, base), "three copies": partial(three_copies, base)}
     at_steps = {source: _FOLLOWED[source] for source in profile.followed}
     superposed = [Planned(SUPERPOSED, three_copies(base, LEAST, every_step=True), dict(source=SUPERPOSED, noise=LEAST))]
     if not profile.emulates_noise:
@@ -206,15 +208,35 @@ def strings_plan(profile: Profile) -> list[Planned]:
     return _planned({string: replace(profile.leaky, init=string, **noise) for string in STRINGS})
 
 # %% ../nbs/20a_plans.ipynb #d7a90e11
+NOISED_AT_START = "three copies, disturbed at the start"
+
+def start_noise(eps: float) -> str: return f"all features, disturbed at the start by {eps:g}"
+
+def _string_copies(leaky: Config, source: str, eps: float) -> list[Planned]:
+    "Three copies of the strings that start with one feature, with noise of a size"
+    every_step = source == STEPWISE
+    return [Planned(f"{string}, {source}, noise {eps:g}",
+                    replace(three_copies(replace(leaky, init=string), eps, every_step=every_step),
+                            measure_steps=leaky.measure_steps), dict(source=source, noise=eps))
+            for string in ONE_FEATURE]
+
+def _noisy_strings(leaky: Config, sizes: tuple[float, ...]) -> list[Planned]:
+    "An epoch of these strings with noise at the start, or larger than a GPU's at every step: measured and foretold"
+    base, largest = replace(leaky, epochs=1), max(sizes)
+    noisy = {(start_noise(eps), NOISED_AT_START, eps): _all_features(base, eps) for eps in sizes}
+    noisy[gradient_noise(largest), STEPWISE, largest] = replace(base, gradient_noise=largest, precision="float32")
+    measured = [Planned(f"{string}, {source}", replace(config, init=string), dict(source=source, noise=eps))
+                for (source, _, eps), config in noisy.items() for string in ONE_FEATURE]
+    return measured + [planned for _, source, eps in noisy for planned in _string_copies(base, source, eps)]
+
 def order_plan(profile: Profile) -> list[Planned]:
     "abl06: LeakyNet's strings with all features, and with three copies of those that start with one"
-    short = replace(profile, leaky=replace(profile.leaky, **profile.order))
+    leaky = replace(profile.leaky, **profile.order)
     sizes = [ONE_ULP_RMS] if profile.emulates_noise else [eps for eps in profile.step_noises if eps <= 2. ** -11]
-    return ([replace(p, facts=dict(source="all features")) for p in strings_plan(short)] +
-            [Planned(f"{string}, {STEPWISE}, noise {eps:g}",
-                     replace(three_copies(replace(short.leaky, init=string), eps, every_step=True),
-                             measure_steps=short.leaky.measure_steps),
-                     dict(source=STEPWISE, noise=eps)) for eps in reversed(sizes) for string in ONE_FEATURE])
+    return ([replace(p, facts=dict(source="all features")) for p in strings_plan(replace(profile, leaky=leaky))] +
+            [planned for eps in reversed(sizes) for planned in _string_copies(leaky, STEPWISE, eps)] +
+            ([] if profile.emulates_noise else _noisy_strings(leaky, profile.step_noises)))
+
 
 # %% ../nbs/20a_plans.ipynb #e87b021c
 def travel_plan(profile: Profile) -> list[Planned]:
