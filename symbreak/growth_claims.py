@@ -67,4 +67,3 @@ ORDER_CLAIMS = [*_order_claims("one-ulp noise", ONE_ULP_RMS, SMALL),
                 *_order_claims("noise of bfloat16's rounding", 2. ** -8, ("paper",), gradient_noise(2. ** -8)),
                 *(claim for eps in reversed(PAPER.step_noises) for claim in _order_claims(
                     f"noise of {eps:.2g} at the start", eps, ("paper",), start_noise(eps), NOISED_AT_START))]
-

@@ -237,7 +237,6 @@ def order_plan(profile: Profile) -> list[Planned]:
             [planned for eps in reversed(sizes) for planned in _string_copies(leaky, STEPWISE, eps)] +
             ([] if profile.emulates_noise else _noisy_strings(leaky, profile.step_noises)))
 
-
 # %% ../nbs/20a_plans.ipynb #e87b021c
 def travel_plan(profile: Profile) -> list[Planned]:
     "fig07: four sources of asymmetry in three networks"
