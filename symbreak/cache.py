@@ -148,9 +148,10 @@ def _image(path):
 
 # %% ../nbs/10_cache.ipynb #615516d8
 def _bar(progress):
-    "How progress bars look, or that there is none"
+    "How progress bars look, or that there is none: where nobody asks for one, or could see it move"
     from rich.console import Console
-    return dict(disable=not progress, transient=True, console=Console(file=sys.stderr))
+    shown = Console(file=sys.stderr)  # no terminal in a notebook, where a bar would stay in what a cell puts out
+    return dict(disable=not (progress and shown.is_terminal), transient=True, console=shown)
 
 def _decode(files, progress, chunk=256):
     "All images as one (n, 3, height, width) uint8 tensor"

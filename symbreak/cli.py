@@ -91,7 +91,14 @@ class Reproduce:
         profile = variant(self.profile, parse_changes(self.set))
         tables = run(self.figures, profile, self.device, self.data, self.runs, self.out, self.workers,
                      self.budget_min, self.on_engine())
-        return print_claims(tables, profile, self.strict)
+        code = print_claims(tables, profile, self.strict)
+        if self.data is None: self.compare(tables, profile)
+        return code
+
+    def compare(self, tables: dict, profile: str) -> None:
+        "Say which verdicts are not those that are committed"
+        from symbreak.headlines import agreement, committed_verdicts
+        if said := agreement(judged(tables, profile), committed_verdicts(tables, profile)): print(said)
 
     def on_engine(self) -> "symbreak.jobs.Engine | None":
         "The engine that is asked for"

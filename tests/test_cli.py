@@ -13,6 +13,7 @@ import torch
 from symbreak import cli
 from symbreak.config import Config
 from symbreak.experiments import Request, plan
+from symbreak.headlines import committed, committed_table
 from symbreak.records import RunFiles
 from symbreak.terminal import print_table
 from symbreak.train import train
@@ -246,6 +247,20 @@ def test_a_run_that_is_finished_is_read_where_nothing_can_be_written(capsys, tmp
     def refused(*_): raise OSError("read-only")
     monkeypatch.setattr("symbreak.training.check_writable", refused)
     assert run(capsys, "train", *SMALL, "--folder", tmp_path / "run") == first
+
+
+def test_reproduce_says_which_verdicts_are_not_those_that_are_committed(capsys, monkeypatch):
+    table = committed_table("fig03", "quick", committed)
+    deepest = (table.network == "ConstNet") & (table.depth == table.depth.max())
+    for mine, said in ((table, "4 of 4 verdicts are those that are committed"),
+                       (table.assign(gradient_norm=table.gradient_norm.where(~deepest, 9.)), "3 of 4 verdicts")):
+        monkeypatch.setattr("symbreak.campaign.run", lambda *_, mine=mine: {"fig03": mine})
+        code, printed = run(capsys, "reproduce", "fig03")
+        assert code == 0 and said in printed.out and ("; the others:\n" in printed.out) == (mine is not table)
+    last = printed.out.splitlines()[-1]
+    assert last.startswith("  fig03, ConstNet: gradient norm does not") and last.endswith("asked: at most 1.01")
+    assert "verdicts are" not in run(capsys, "reproduce", "fig03", "--data", "mnist")[1].out  # of other images
+    assert "verdicts are" not in run(capsys, "reproduce", "fig03", "--set", "width=1")[1].out  # of another network
 
 
 def test_list_and_report(capsys, tmp_path, monkeypatch):
