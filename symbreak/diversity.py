@@ -271,18 +271,18 @@ def layer_effective_width(model: nn.Module, # a network of `symbreak.nets`
 def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
             x: Tensor | None = None, # (n, c, h, w) images for the measures of activations; None: leave these out
             constant: str = "one", # policy of `weight_correlation`
+            features: dict[str, Tensor] | None = None, # in place of `x`: of the stem and each block
 ) -> dict: # plain lists and numbers, ready for JSON
     "Every measure of this notebook, cheap enough for every epoch; changes no parameter, statistic or mode"
     choose("constant", constant, ("one", "nan", "drop"))
     check_known(model)
-    layers, features = weight_layers(model), {}
+    layers, features = weight_layers(model), features or {}
     if x is not None:
         with evaluating(model): features = layer_outputs(model, x)
     def correlation(layer, over): return _mean_correlation(_vectors(layer.module.weight, over, 2, 0), constant)
     counted = {l.name: (_canonical(l), 0) for l in layers if l.out_features}
     counted |= {("block", name): (h, 1) for name, h in features.items()}
-    numbers = _together(
-        {"spreads": _spreads(model)}
+    numbers = _together({"spreads": _spreads(model)}
         | {("forward", l.name): correlation(l, "forward") for l in layers if l.out_features}
         | {("backward", l.name): correlation(l, "backward") for l in layers if l.in_features}
         | {("width", name): _effective_width(h) for name, h in features.items()}
@@ -295,6 +295,6 @@ def measure(model: nn.Module, # a network of `symbreak.nets`, or its quotient
                  distinct=[count(l.name) for l in layers],
                  forward=[numbers.get(("forward", l.name)) for l in layers],
                  backward=[numbers.get(("backward", l.name)) for l in layers])
-    if x is None: return found
+    if not features: return found
     return found | dict(blocks=list(features), block_distinct=[count(("block", name)) for name in features],
                         effective_width=[numbers["width", name] for name in features])

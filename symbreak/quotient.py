@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['divide_gradient', 'partition', 'QuotientConv2d', 'QuotientLinear', 'QuotientBatchNorm2d', 'Features', 'feature_sets',
-           'feature_groups', 'is_quotient', 'quotient', 'expand']
+           'feature_groups', 'is_quotient', 'quotient', 'expand', 'wide_features']
 
 # %% ../nbs/06_quotient.ipynb #eddbf2a9
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .nets import ConstNet, LeakyNet, UniqueFeatureMLP, blocks
+from .nets import ConstNet, LeakyNet, UniqueFeatureMLP, blocks, layer_outputs
 
 # %% ../nbs/06_quotient.ipynb #030ab4b1
 class _DivideGradient(torch.autograd.Function):
@@ -282,3 +282,11 @@ def expand(q: nn.Module, # what `quotient` returned, trained or not; not changed
     if not exchanged:
         raise ValueError(f"q: {type(q).__name__} is not a quotient; allowed: what quotient(model) returns")
     return copy.deepcopy(q, exchanged)
+
+# %% ../nbs/06_quotient.ipynb #d0c7a9be
+def wide_features(q: nn.Module, # what `quotient` returned, trained or not
+                  x: Tensor, # (n, c, height, width) images
+) -> dict[str, Tensor]: # name -> (n, channels, ...) in forward order, part of the graph
+    "Features of the stem and every block of the wide network, from those of its quotient"
+    groups = [features.writers[0].out_group for features in feature_sets(q)]
+    return {name: h[:, group] for (name, h), group in zip(layer_outputs(q, x).items(), groups, strict=True)}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBE_IMAGES', 'loaders', 'Trainer', 'autocast', 'learn', 'wide_model', 'count_step', 'run_epoch', 'accuracy',
-           'evaluate', 'trainer_state', 'restore', 'epoch_row', 'run_epochs', 'finish', 'train', 'Config', 'Run']
+           'probe_features', 'evaluate', 'trainer_state', 'restore', 'epoch_row', 'run_epochs', 'finish', 'train',
+           'Config', 'Run']
 
 # %% ../nbs/13_train.ipynb #eda6f414
 import math
@@ -26,11 +27,13 @@ from .files import user_path
 from .images import checked, images, seen
 from .journal import Journal, interruptible, resume, save_checkpoint
 from .memory import keep_freed_memory
+from .nets import layer_outputs
 from .network import first_network, seed_of
 from .numerics import cpu_threads, fresh_compiler, numerics
 from .outcome import Run, save_run
 from .provenance import provenance, weights_digest
-from .quotient import expand
+from .propagation import evaluating
+from .quotient import expand, wide_features
 from .ranks import heard, together
 from .records import check_folder, held, is_finished, keeps_checkpoint
 from .splitting import copies_hooks
@@ -140,10 +143,15 @@ def accuracy(trainer: Trainer) -> float:
     return correct.item() / len(trainer.test_data.labels)
 
 # %% ../nbs/13_train.ipynb #30a0fa2a
+def probe_features(trainer: Trainer) -> dict[str, Tensor]: # (images, channels, ...) of the stem and every block
+    "What the network that `wide_model` names makes of the images on which features are measured"
+    outputs = wide_features if trainer.config.quotient else layer_outputs
+    with evaluating(trainer.model): return outputs(trainer.model, trainer.probe)
+
 def evaluate(trainer: Trainer) -> dict: # what a row of metrics holds beside the epoch; nothing on ranks other than 0
     "Test accuracy and the diversity of weights and features"
     if trainer.team.rank: return {}
-    share, found = accuracy(trainer), measure(wide_model(trainer), trainer.probe)
+    share, found = accuracy(trainer), measure(wide_model(trainer), features=probe_features(trainer))
     trainer.layers, trainer.blocks = found.pop("layers"), found.pop("blocks")
     most = max(filter(None, found["distinct"]), default=None)
     return dict(test_accuracy=share, distinct_features=most, **found)
