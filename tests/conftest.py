@@ -40,9 +40,18 @@ def times(request):
     return lambda few, many: many if request.config.getoption("--soak") else few
 
 
+def places():
+    """The variables that say where a command finds its files."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("SYMBREAK_", "XDG_", "HOME"))}
+
+
+PLACES = places()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_at_work(monkeypatch):
-    """A test that fails takes the processes that it has started with it."""
+    """A test finds the places of the suite, and if it fails it takes the processes that it has started with it."""
+    assert places() == PLACES, "a test before, or a fixture that outlives one, has set them, and others read there"
     started, start = [], subprocess.Popen.__init__
 
     def noted(process, *args, **options):

@@ -314,7 +314,7 @@ def test_the_later_parts_of_the_campaign_begin(name, profile, script, tmp_path, 
 
 
 def test_images_that_decode_to_other_pixels_get_a_label_of_their_own(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     packed = tmp_path / "images.tar.xz"
     for i, place in enumerate(f"{split}/{kind}" for split in ("train", "test") for kind in ("cat", "dog")):

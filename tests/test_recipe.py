@@ -92,7 +92,8 @@ def test_every_field_is_in_the_table():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_field_matters(name, pets):
+def test_every_field_matters(name, pets, monkeypatch):
+    monkeypatch.setenv("SYMBREAK_CACHE", str(pets.with_name("pets-cache")))
     value, look, rest = CHANGES[name]
     config = Config(**BASE | rest)
     changed = replace(config, **{name: f"folder:{pets}" if value is ... else value})
@@ -104,9 +105,9 @@ def test_every_field_matters(name, pets):
         assert look(config) != look(changed)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pets(tmp_path_factory):
-    """The first digits as a folder of images, and a cache for them."""
+    """The first digits as a folder of images."""
     from PIL import Image
     root, data = tmp_path_factory.mktemp("pets"), load().subset(100, 50)
     for split, images, labels in (("train", *data.tensors[:2]), ("test", *data.tensors[2:])):
@@ -114,9 +115,7 @@ def pets(tmp_path_factory):
             path = root / split / str(label) / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SYMBREAK_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield root
+    return root
 
 
 # the recipe, written out once more

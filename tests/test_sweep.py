@@ -169,7 +169,8 @@ def test_jobs_of_this_machine_see_the_gpus_that_their_caller_sees(tmp_path, monk
     assert job() == "finished" and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-def test_images_that_have_changed_are_told_before_anything_is_trained(tmp_path, capsys):
+def test_images_that_have_changed_are_told_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
     for number in range(12):
         path = tmp_path / "images" / "train" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
