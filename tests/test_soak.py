@@ -163,14 +163,18 @@ def images(root):
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in replace(TINY, epochs=2).changed.items()]
 
 
+def on_images(root, tmp_path):
+    options = "--depth=7", "--width=1", "--epochs=1", "--folder", tmp_path / "run"
+    return symbreak("train", f"--data=folder:{root}", *options)
+
+
 def scene(place, tmp_path, disk): # the command, the size of the disk, environment
     if place == "runs": return symbreak("train", *SMALL, "--folder", disk / "run"), 100_000, {}
     if place == "report": return symbreak("report", "--profile", "cifar", "--out", disk), 100_000, {}
     if place == "figures":
         return symbreak("reproduce", "fig02", "--runs", tmp_path / "runs", "--out", disk), 50_000, {}
     pets = images(tmp_path / "pets")
-    return (symbreak("train", f"--data=folder:{pets}", "--depth=7", "--width=1", "--epochs=1"), 50_000,
-            dict(SYMBREAK_CACHE=disk))
+    return on_images(pets, tmp_path), 50_000, dict(SYMBREAK_CACHE=disk)
 
 
 @pytest.mark.parametrize("way", ["limit", pytest.param("tmpfs", marks=pytest.mark.soak)])
@@ -230,7 +234,7 @@ def test_a_figure_or_report_that_cannot_be_written_is_named_at_once(tmp_path, co
 def test_images_are_read_from_a_cache_that_cannot_be_written(tmp_path):
     cache, pets = tmp_path / "cache", images(tmp_path / "pets")
     cache.mkdir()
-    command = symbreak("train", f"--data=folder:{pets}", "--depth=7", "--width=1", "--epochs=1")
+    command = on_images(pets, tmp_path)
     code, said = read_only(cache, command, SYMBREAK_CACHE=str(cache))
     assert code == 2 and re.search(rf"symbreak: error: {cache}: cannot write the cache .*with cache= or SYMBREAK", said)
     subprocess.run(command, env=os.environ | dict(SYMBREAK_CACHE=str(cache)), check=True, capture_output=True)
