@@ -9,6 +9,7 @@ __all__ = ['STATES', 'jobs_folder', 'failure_file', 'ticket_file', 'failures', '
 # %% ../nbs/16_jobs.ipynb #240719e9
 import json
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -89,7 +90,9 @@ class TrainJob:
     def __call__(self) -> str: # the status of the run
         isa = self.config.onednn_isa
         if isa != "default" and "SUBMITIT_EXECUTOR" in os.environ: os.environ["ONEDNN_MAX_CPU_ISA"] = isa
-        if os.environ.get("SUBMITIT_EXECUTOR") == "local": _set_or_remove("CUDA_VISIBLE_DEVICES", self.gpus)
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            _set_or_remove("CUDA_VISIBLE_DEVICES", self.gpus)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that training takes it as an interrupt
         try: status = self.store.train(self.config, stop=self.stops).record["status"]
         except Exception:
             note_failure(self.store, self.config, traceback.format_exc())
@@ -128,12 +131,20 @@ def _errors_to(path: Path) -> Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    "Processes that are started inside never hear SIGINT; one that comes for this process is heard afterwards"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 def _submit_here(engine: Engine, jobs: list[TrainJob], logs: Path) -> dict: # submitit's job -> ours
     "Jobs to this machine, or to this process"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     folder = Path(tempfile.mkdtemp(dir=logs))  # a process may get the number of an earlier one
     executor = import_submitit().DebugExecutor(folder) if engine.kind == "debug" else local_executor(engine, folder)
-    with _errors_to(jobs_folder(jobs[0].store)/"controllers.log"): return {executor.submit(job): job for job in jobs}
+    with _errors_to(jobs_folder(jobs[0].store)/"controllers.log"), _deaf_to_interrupts():
+        return {executor.submit(job): job for job in jobs}
 
 # %% ../nbs/16_jobs.ipynb #e37e89fc
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "COMPLETING", "SUSPENDED",
@@ -224,8 +235,9 @@ class Jobs:
     def cancel(self) -> None:
         "Stop what is at work on this machine; what Slurm has goes on, and is found by the next call"
         if self.engine.kind != "local": return
-        for job in self.at_work: job.cancel()
-        deadline = time.monotonic() + 5  # they save what they have, or are killed by submitit after a second
+        for job in self.at_work:
+            if not job.done(): os.kill(int(job.job_id), signal.SIGTERM)
+        deadline = time.monotonic() + 60  # for large checkpoints; whoever has not heard us pauses when we are gone
         while not all(job.done() for job in self.at_work) and time.monotonic() < deadline: time.sleep(0.05)
 
 def _clear(job) -> None:

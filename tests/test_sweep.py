@@ -144,6 +144,41 @@ def test_an_interrupted_sweep_says_where_its_runs_go_on(tmp_path, engine, number
     assert not saved[1] or f"after epoch {saved[1]} of 100000 (seed=1)" in said
 
 
+SLOW_TO_SAVE = """
+import sys, time
+from pathlib import Path
+from symbreak import jobs
+from symbreak.config import Config
+from symbreak.runs import Store
+
+class SlowToSave(jobs.TrainJob):
+    def __call__(self):
+        from symbreak import journal
+        write = journal.write_checkpoint
+        journal.write_checkpoint = lambda *args: (time.sleep(2), write(*args))
+        return super().__call__()
+
+jobs.TrainJob = SlowToSave
+jobs.run_jobs([Config.from_dict(eval(sys.argv[2]))], Store(Path(sys.argv[1])), "local")
+"""
+
+
+@pytest.mark.parametrize("number, signal_to",
+                         [(signal.SIGINT, os.kill), (signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_what_an_interrupted_job_has_done_is_saved_however_long_that_takes(tmp_path, number, signal_to):
+    """Ctrl-C goes to the whole group of processes; submitit's own would kill a job a second later."""
+    store = Store(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_SAVE, tmp_path, repr(LONG.changed)],
+                               stderr=subprocess.PIPE, start_new_session=True)
+    wait_for(RunFiles(store.folder(LONG)).checkpoint.exists)
+    before = store.epochs_done(LONG)
+    wait_for(lambda: store.epochs_done(LONG) > before + 1)
+    signal_to(process.pid, number)
+    process.communicate(timeout=FOREVER_S)
+    with FileLock(RunFiles(store.folder(LONG)).lock).acquire(timeout=FOREVER_S): pass  # nobody trains any longer
+    assert store.saved_epochs(LONG) == store.epochs_done(LONG) > before
+
+
 @needs_proc
 def test_jobs_of_a_sweep_that_is_killed_pause(tmp_path):
     store = Store(tmp_path)
