@@ -42,6 +42,7 @@ def print_claims(tables: dict, # figure -> its tidy data
     from rich.table import Table
     from rich.text import Text  # brackets in it are brackets
     from symbreak.profiles import parts_of, titled
+    from symbreak.results import not_compared
     from symbreak.verdicts import NOT_REPRODUCED, REPRODUCED
     rows, shown = judged(tables, profile), Table(title=f"Claims, profile {profile}", title_justify="left")
     colours = {REPRODUCED: "green", NOT_REPRODUCED: "red"}
@@ -51,6 +52,7 @@ def print_claims(tables: dict, # figure -> its tidy data
     console().print(shown if len(parts_of(profile)) == 1 else f"Nothing is claimed of a {titled(profile)}.")
     missing = [f"{name} ({table.attrs['missing']} runs)" for name, table in tables.items() if table.attrs["missing"]]
     if missing: console().print(f"Not finished: {', '.join(missing)}. The same command goes on.")
+    if said := not_compared(tables.values()): console().print(Text(said))
     return 1 if strict and (rows.verdict == NOT_REPRODUCED).any() else 0
 
 # %% ../nbs/34_cli.ipynb #df203bff
@@ -137,7 +139,7 @@ class Report:
             notebooks = find_notebooks()
             check_writable(out, "--out")
             tables = self.tables()
-            written = write_report(out, tables, figures, notebooks)
+            written = write_report(out, tables, figures, notebooks, self.data)
         code = max(print_claims(named, profile, self.strict) for profile, named in tables.items())
         print(f"Report: {written}")
         print_damage(damaged)
@@ -166,9 +168,10 @@ class List:
         from rich.table import Table
         from symbreak.experiments import EXPERIMENTS
         from symbreak.files import past_damage
+        from symbreak.images import one_look
         from symbreak.profiles import PROFILES
         shown = Table("experiment", "title", *PROFILES, title="Finished runs", title_justify="left")
-        with past_damage() as damaged:
+        with past_damage() as damaged, one_look():
             for name, experiment in EXPERIMENTS.items():
                 shown.add_row(name, experiment.title, *(self.finished(name, profile) for profile in PROFILES))
         console().print(shown)
@@ -182,7 +185,7 @@ class List:
         from symbreak.runs import default_store
         if name not in offered(profile): return "-"
         planned, store = plan(Request(name, profile, self.device)), default_store()
-        return f"{sum(store.read(p.config) is not None for p in planned)}/{len(planned)}" if planned else "measured"
+        return f"{sum(store.load(p.config) is not None for p in planned)}/{len(planned)}" if planned else "measured"
 
 # %% ../nbs/34_cli.ipynb #9c1093f4
 def check_verb() -> type:

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .config import Config, resolve_device, usable_device
 from .data import Dataset
 from .experiments import Request, offered, plan
+from .images import one_look
 from .network import first_network
 from .numerics import cpu_threads, numerics
 from .outcome import Run
@@ -115,7 +116,10 @@ class Timed:
     "How fast a run was"
     config: Config
     device: str  # as its maker calls it
-    flop_per_s: float
+    wall_s: float
+
+    @property
+    def flop_per_s(self) -> float: return flop(self.config) / self.wall_s
 
 def rate(config: Config, device: str, timed: list[Timed]) -> float | None: # None: no run is similar enough
     "Operations per second that a run of `config` can be expected to do on a device"
@@ -134,8 +138,9 @@ def timed_runs(store: Store) -> list[Timed]:
     for folder in folders:
         with suppress(ValueError, OSError):  # damaged: of no use here, and named by what needs it
             if is_finished(folder): runs.append(Run.load(folder))
-    return [Timed(run.config, run.record["device_name"], flop(run.config) / run.record["wall_s"]) for run in runs
-            if run.record["status"] == "finished" and not run.record.get("earlier") and run.record["wall_s"] > 0]
+    whole = [run for run in runs if run.record["status"] == "finished" and not run.record.get("earlier")]
+    return [Timed(run.config, run.record["device_name"], run.record["wall_s"]) for run in whole
+            if run.record["wall_s"] > 0]
 
 # %% ../nbs/27_costs.ipynb #7ea344d7
 def stopwatch(config: Config, seconds: float = 1.) -> float:
@@ -175,14 +180,14 @@ class Speed:
         kind = tuple(getattr(config, name) for name in (*MUST_AGREE, "data"))
         if kind in self.cannot: return None
         self.say(f"timing {config.label}")
-        try: self.timed.append(Timed(config, self.here, stopwatch(config)))
+        try: self.timed.append(Timed(config, self.here, flop(config) / stopwatch(config)))
         except ValueError as reason: self.cannot[kind] = str(reason)
         return rate(config, self.here, self.timed)
 
 # %% ../nbs/27_costs.ipynb #4c8803c2
 def _row(name: str, configs: list[Config], store: Store, speed: Speed) -> dict:
     "What some runs cost together"
-    left = [config for config in configs if store.read(config) is None]
+    left = [config for config in configs if store.load(config) is None]
     def hours(some, device): return sum(speed.seconds(config, device) for config in some) / 3600
     return dict(experiment=name, runs=len(configs), left=len(left), pflop=sum(map(flop, configs)) / 1e15,
                 gb=sum(map(disk, configs)) / 1e9) | {device: hours(configs, device) for device in speed.devices} | {
@@ -203,7 +208,7 @@ def cost_table(profile: str, # quick, ladder, cifar, full, paper or sprint
     speed = Speed(timed_runs(store), device_name(resolve_device(device)), measure, say)
     planned = {name: list(dict.fromkeys(configs)) for name, configs in planned.items() if configs}
     planned["together"] = list(dict.fromkeys(config for configs in planned.values() for config in configs))
-    table = pd.DataFrame([_row(name, configs, store, speed) for name, configs in planned.items()])
+    with one_look(): table = pd.DataFrame([_row(name, configs, store, speed) for name, configs in planned.items()])
     table = table.drop(columns=[d for d in speed.devices if d != speed.here and table[d].isna().all()])
     table.attrs.update(here=speed.here, cannot=sorted(set(speed.cannot.values())))
     return table

@@ -73,7 +73,8 @@ def execute_notebook(notebook: Path, # stays as it is
     except papermill.PapermillExecutionError as e:
         early = f"{e.ename} in cell {e.cell_index}"
         if e.ename != tolerated:
-            raise ValueError(f"notebook: {notebook.name} failed with {e.ename}: {e.evalue}; see {half}") from None
+            said = f": {e.evalue}" * bool(e.evalue)  # an assertion says nothing
+            raise ValueError(f"notebook: {notebook.name} failed with {early}{said}; see {half}") from None
     except RuntimeError as e:
         half.unlink(missing_ok=True)
         raise RuntimeError(f"notebook: the kernel that executed {notebook.name} was killed, or did not start (out of "

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'verdicts', 'Stated', 'by_claim', 'headline_table', 'devices
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 import nbformat
 import pandas as pd
@@ -25,6 +26,7 @@ from .pages import (asset, differences, headline, markdown, notebook_page, page,
                             templates)
 from .profiles import PROFILES
 from .records import write_atomic
+from .results import not_compared
 from .verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 
 # %% ../nbs/32_report.ipynb #3a302d4f
@@ -120,13 +122,15 @@ def picture(name: str, # experiment
             table: pd.DataFrame, # as collect returns it
             figures: Path, # with a folder per profile, as `symbreak reproduce` writes
             notebook: NotebookNode | None, # committed notebook
+            data: str | None = None, # source that was asked for; None: that of the profile
 ) -> Picture:
     "What there is of a figure"
     drawn, found = drawn_from(name, profile, figures), files_there(name, profile, figures)
     kinds = [kind for kind in KINDS if (kind in found and drawn is not None) or (kind == "ipynb" and notebook)]
     complete = drawn is not None and not table.attrs["missing"]
     shows = headline(notebook)[1] if notebook else EXPERIMENTS[name].title
-    return Picture(profile, f"symbreak reproduce {name} --profile {profile}", table.attrs["missing"],
+    command = f"symbreak reproduce {name} --profile {profile}" + ("" if data is None else f" --data {quote(data)}")
+    return Picture(profile, command, table.attrs["missing"],
                    alt=f"{name} at profile {profile}: {shows}", executed="ipynb" in found,
                    page=f"notebooks/{profile}-{name}.html" if notebook else "",
                    files={kind: f"figures/{profile}/{name}.{kind}" for kind in kinds},
@@ -153,8 +157,9 @@ def count(rows: pd.DataFrame) -> dict[str, int]: # verdict -> number of rows, in
     found = Counter(rows.verdict)
     return {verdict: found[verdict] for verdict in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED)}
 
-def _section(name: str, tables: dict, figures: Path, notebook: NotebookNode | None, rows: pd.DataFrame) -> Section:
-    pictures = [picture(name, profile, named[name], figures, notebook)
+def _section(name: str, tables: dict, figures: Path, notebook: NotebookNode | None, rows: pd.DataFrame,
+             data: str | None = None) -> Section:
+    pictures = [picture(name, profile, named[name], figures, notebook, data)
                 for profile, named in tables.items() if name in named]
     said = {verdict: n for verdict, n in count(rows[rows.figure == name]).items() if n}
     return Section(name, headline(notebook)[0] if notebook else EXPERIMENTS[name].title, pictures, said,
@@ -170,16 +175,18 @@ def _body(rows: pd.DataFrame, sections: list[Section], tables: dict) -> str:
     return templates().get_template("report.html.j2").render(
         version=__version__, counts=count(rows), headline_table=summary, figures=sections, kinds=KINDS,
         failed=by_claim(rows[rows.verdict == NOT_REPRODUCED]), choices=choices, devices=devices(tables),
+        unseen={profile: said for profile, named in tables.items() if (said := not_compared(named.values()))},
         absent=[p for p in PROFILES.values() if p.name not in tables], rows=list(listed.itertuples()))
 
 def report_page(tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment -> its tidy data
                 figures: Path, # folder with a folder per profile
                 notebooks: dict[str, NotebookNode], # experiment -> committed notebook
+                data: str | None = None, # source that was asked for; None: that of each profile
 ) -> bytes: # UTF-8
     "The page of the report"
     rows = verdicts(tables)
     experiments = dict.fromkeys(name for named in tables.values() for name in named)
-    sections = [_section(name, tables, figures, notebooks.get(name), rows) for name in experiments]
+    sections = [_section(name, tables, figures, notebooks.get(name), rows, data) for name in experiments]
     return page("symbreak: what reproduces", _body(rows, sections, tables), script=asset("filter.js"))
 
 # %% ../nbs/32_report.ipynb #3568e7e6
@@ -211,6 +218,7 @@ def write_report(out: Path, # folder; index.html, figures/ and notebooks/ are wr
                  tables: dict[str, dict[str, pd.DataFrame]], # profile -> experiment -> its tidy data, from collect
                  figures: Path | None = None, # folder with a folder per profile; None: figures/ of the checkout
                  notebooks: dict[str, NotebookNode] | None = None, # experiment -> notebook; None: find_notebooks()
+                 data: str | None = None, # source that was asked for; None: that of each profile
 ) -> Path: # index.html
     "Write the report with the figures, their data and their notebooks"
     out, figures = user_path(out, "out"), user_path(figures or home()/"figures", "figures")
@@ -219,5 +227,5 @@ def write_report(out: Path, # folder; index.html, figures/ and notebooks/ are wr
         for name, table in named.items():
             notebook = committed.get(name)
             _write_figure(out, name, picture(name, profile, table, figures, notebook), figures, notebook)
-    _write(out/"index.html", report_page(tables, figures, committed))
+    _write(out/"index.html", report_page(tables, figures, committed, data))
     return out/"index.html"

@@ -24,7 +24,7 @@ from .config import Config, launched, learning_rate, usable_device
 from .data import Dataset, Loader
 from .diversity import layer_asymmetry, measure
 from .files import user_path
-from .images import checked, images, seen
+from .images import check_sizes, checked, images, seen
 from .journal import Journal, interruptible, resume, save_checkpoint
 from .memory import keep_freed_memory
 from .nets import layer_outputs
@@ -240,6 +240,7 @@ def train(config: Config, # what to train
     device, folder = usable_device(config), None if folder is None else user_path(folder, "folder")
     if launched() == 1 and (run := _finished(folder, config, data)): return run
     if data is None: data = images(config)
+    check_sizes(config, data)
     follow = train, config, None, None, None, checkpoint_every_s, data
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), \
          cpu_threads(config.operation_threads), \

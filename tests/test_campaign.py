@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
-from symbreak import campaign, cli
+from symbreak import campaign, cli, kernels
 from symbreak.cache import AbsentError
-from symbreak.campaign import Campaign, carry_out, run
+from symbreak.campaign import Campaign, carry_out, draw, run
 from symbreak.config import Config
 from symbreak.data import load as load_source
 from symbreak.engines import Engine
+from symbreak.experiments import Request
+from symbreak.figures import FigureFiles
 from symbreak.plans import Planned
 from symbreak.runs import Store
 
@@ -79,6 +82,28 @@ def test_what_needs_no_images_is_drawn_where_they_are_absent(tmp_path, monkeypat
     with pytest.raises(AbsentError, match="images: no such folder.*without these images not finished: slow"):
         figures.run("slow", "a", "m", "c")
     assert sorted(figures.made) == ["a", "c", "m"]
+
+
+def test_what_a_notebook_asserts_counts_for_the_images_and_the_profile_that_it_was_written_for(tmp_path, monkeypatch):
+    tolerated = []
+    monkeypatch.setattr(kernels, "execute_notebook", lambda *args: tolerated.append(args[-1]) or "")
+    monkeypatch.setattr(FigureFiles, "is_whole", lambda self: True)
+    for asked in (dict(), dict(data="digits"), dict(profile="quick+width=1")):
+        draw(tmp_path / "x.ipynb", Request("fig04", **asked), FigureFiles("fig04", tmp_path))
+    assert tolerated == ["", "AssertionError", "AssertionError"]
+
+
+def test_too_few_images_are_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYMBREAK_CACHE", str(tmp_path / "cache"))
+    for place, count in (("train", 400), ("test", 50)):
+        for name in "ab":
+            (tmp_path / place / name).mkdir(parents=True)
+            for i in range(count): Image.new("L", (8, 8), i % 256).save(tmp_path / place / name / f"{i}.png")
+    asked = dict(data=f"folder:{tmp_path}", runs=tmp_path / "runs", out=tmp_path / "out")
+    with pytest.raises(ValueError, match="^fig11: train_size: 1280; allowed: 1..800; .* allowed: fig02 fig03$"):
+        run(["fig02", "fig11", "fig03"], **asked)
+    with pytest.raises(ValueError, match="^fig11: train_size: 1280; allowed: 1..800$"): run(["fig11"], **asked)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
 
 def test_nothing_is_measured_or_trained_when_the_budget_is_spent(tmp_path, monkeypatch):

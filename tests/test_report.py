@@ -110,6 +110,25 @@ def test_every_figure_links_its_data_its_picture_and_its_notebook(results):
     assert 'href="../figures/quick/fig01.csv"' in page and 'href="../index.html#fig01"' in page
 
 
+def test_who_judges_without_the_images_is_told_so(results, capsys):
+    assert "ot at hand" not in written(results)[1]
+    unseen = toy(3)
+    unseen.attrs["unchecked"] = ["my <images>"]
+    said = "ot at hand, so not compared with what the runs have seen: "
+    assert f"Profile cifar: n{said}my &lt;images&gt;." in written(results, cifar={"fig01": unseen})[1]
+    for table, told in ((toy(3), False), (unseen, True)):
+        cli.print_claims({"fig01": table}, "quick", False)
+        assert (f"N{said}my <images>." in " ".join(capsys.readouterr().out.split())) == told
+
+
+def test_a_report_on_other_images_says_how_to_make_its_figures(results):
+    tmp_path, quick = results
+    index = report.write_report(tmp_path / "report", {"quick": quick}, tmp_path / "figures", data="folder:my images")
+    commands = re.findall("<code>(symbreak reproduce fig.*?)</code>", index.read_text(encoding="utf-8"))
+    wanted = "symbreak reproduce fig04 --profile quick --data 'folder:my images'"
+    assert wanted in map(unescape, commands) and not [c for c in commands[:-1] if "--data" not in c]
+
+
 def test_verdicts_are_those_of_the_claims(results):
     tables = dict(quick=results[1], cifar={"fig01": toy(3, repaired=False)}, paper={"fig01": toy(0)})
     _, html = written(results, **{name: table for name, table in tables.items() if name != "quick"})

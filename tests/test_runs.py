@@ -14,9 +14,10 @@ from filelock import FileLock
 from PIL import Image
 
 from symbreak.config import Config
+from symbreak.costs import Speed, _row
 from symbreak.data import load
 from symbreak.experiments import Request
-from symbreak.files import home, locked, own_checkout
+from symbreak.files import home, locked, own_checkout, past_damage
 from symbreak.outcome import Run
 from symbreak.records import RunFiles, read_checkpoint, read_lines
 from symbreak.results import archive
@@ -265,18 +266,25 @@ def test_images_that_were_replaced_give_no_old_answer(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=says): execute([replace(config, seed=1), config], store)
     assert not store.folder(replace(config, seed=1)).exists(), "trained before the error came"
     assert "no such folder" not in store.read(config).unchecked
+    with past_damage() as said: assert _row("x", [config], store, Speed([], "here", False, print))["left"] == 1
+    assert re.search(says, *said)
     root.rename(tmp_path / "elsewhere")
     assert "no such folder" in store.load(config).unchecked
     assert store.history([config]).attrs == dict(unchecked=[first.record["data"]])
+    assert _row("x", [config], store, Speed([], "here", False, print))["left"] == 0
 
 
 def test_images_of_a_caller_are_not_those_of_the_configuration(tmp_path):
-    store, mine = Store(tmp_path), load().subset(300, 100)
-    config = replace(TINY, epochs=1)
+    store, config = Store(tmp_path), replace(TINY, epochs=1)
+    usual = load("digits", train_size=config.train_size, test_size=config.test_size)
+    mine = replace(usual, train_images=16 - usual.train_images)
     run = store.train(config, data=mine)
     assert store.train(config, data=mine).metrics == run.metrics
     for ask in (lambda: store.train(config), lambda: store.load(config), lambda: store.train(config, data=load())):
         with pytest.raises(ValueError, match="has seen other images than 'digits' has now"): ask()
+    for wrong in (load(), usual.subset(399), usual.subset(None, 99)):
+        with pytest.raises(ValueError, match=r"data: \d+ images, but t\w+_size is [14]00; allowed: as many"):
+            store.train(replace(config, seed=1), data=wrong)
 
 
 def test_two_spellings_of_a_folder_are_one_run(tmp_path, monkeypatch):
