@@ -29,7 +29,9 @@ def user_path(path: Path | str,
 ) -> Path:
     "A path as people write it, with `~` for a home; raises `ValueError`"
     if not str(path): raise ValueError(f"{option}: ''; allowed: the name of a folder, such as '.' for this one")
-    try: return Path(path).expanduser()
+    try:
+        if Path(path).parts[:1] == ("~",) and os.environ.get("HOME") == "": raise RuntimeError  # not the disk's root
+        return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{option}: {str(path)!r}, but no such home is known; set HOME, or choose a path without "
                          "~") from None

@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from .config import Config, resolve_device
+from .config import Config, launched, resolve_device
 from .engines import Engine, as_engine, import_submitit, local_executor, slurm_executor
 from .files import temporary_folder
 from .images import one_look
@@ -279,6 +279,9 @@ def run_jobs(configs: list[Config], # runs that are wanted
     engine, budget = as_engine(engine), Budget.of(budget_s)
     if budget_s is not None and engine.kind == "slurm":
         raise ValueError(f"budget_s: {budget_s:g} on Slurm, where jobs go on without us; allowed: None")
+    if launched() > 1:
+        raise ValueError(f"engine: jobs of {launched()} processes that were started together; allowed: of one, and the "
+                         "field `processes` for runs in several")
     if retry:
         for config in configs: failure_file(store, config).unlink(missing_ok=True)
     jobs = Jobs(configs, store, engine, budget)

@@ -164,8 +164,10 @@ def read_record(folder: Path) -> dict:
     try:
         for name in filter(record.__contains__, _KINDS): check_type(name, record[name], _KINDS[name])
     except ValueError as e: raise ValueError(f"{path}: damaged, {e}; {way_out}") from None
-    if record.get("status") in STATES and ("seal" in record or "files" not in record): return record
-    raise ValueError(f"{path}: damaged, status {record.get('status')!r}; allowed: {', '.join(STATES)}; {way_out}")
+    if record.get("status") not in STATES:
+        raise ValueError(f"{path}: damaged, status {record.get('status')!r}; allowed: {', '.join(STATES)}; {way_out}")
+    if "files" in record and "seal" not in record: raise ValueError(f"{path}: damaged, it has lost its seal; {way_out}")
+    return record
 
 def is_finished(folder: Path) -> bool:
     "Does the folder hold a run that reached its end, by its last epoch or by diverging?"

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -218,7 +219,11 @@ _GUARD = ("symbreak: error: workers start by importing the script that asks for 
           "`if __name__ == \"__main__\":`")
 
 def _check_guard() -> None:
-    "End a worker that runs the caller's script once more and has come to where workers are started"
+    "Refuse a script that workers cannot import, and end one that does the caller's work once more"
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script and not Path(script).exists():
+        raise ValueError(f"workers: they start by importing the script that asks for them, and {script} is no file; "
+                         "allowed: a script in a file")
     if getattr(multiprocessing.current_process(), "_inheriting", False): os._exit(_NO_GUARD)
 
 @contextmanager

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import product
 
 from .config import Config
-from .engines import Engine, as_engine, import_submitit
+from .engines import Engine, as_engine, check_engine, import_submitit
 from .jobs import STATES, Jobs, failure_file, failures, run_jobs, states, whereabouts
 from .memory import memory_advice
 from .runs import Store, default_store
@@ -78,8 +78,10 @@ def parse_options(text: str) -> dict[str, int | str]:
 
 def make_engine(name: str, at_once: int | None, timeout_min: float | None, slurm: str) -> Engine:
     "An engine from its options; one that cannot work is an error before anything is trained"
-    import_submitit()
-    return Engine(name, at_once, timeout_min, parse_options(slurm))
+    import_submitit()  # before its options, which are of no use without it
+    engine = Engine(name, at_once, timeout_min, parse_options(slurm))
+    check_engine(engine)
+    return engine
 
 # %% ../nbs/17_sweep.ipynb #0060d729
 def _called(config: Config, names: Iterable[str]) -> str:

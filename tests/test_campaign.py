@@ -186,8 +186,9 @@ def test_on_slurm_there_is_no_budget(tmp_path):
 def test_the_command_makes_an_engine(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(campaign, "run", lambda *args: asked.append(args[-1]) or {"fig01": _flat()})
-    cli.main(["reproduce", "fig01", "--engine", "slurm", "--workers", "9", "--timeout-min", "90", "--slurm", "mem=8GB"])
-    assert asked == [Engine("slurm", at_once=9, timeout_min=90., options=dict(mem="8GB"))]
+    options = ["--workers", "9", "--timeout-min", "90", "--slurm", "signal_delay_s=60"]
+    cli.main(["reproduce", "fig01", "--engine", "local", *options])
+    assert asked == [Engine("local", at_once=9, timeout_min=90., options=dict(signal_delay_s=60))]
 
 
 def _flat():

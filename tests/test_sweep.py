@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from symbreak import jobs, runs
+from symbreak import cli, jobs, runs
 from symbreak.config import Config
 from symbreak.engines import Engine
 from symbreak.jobs import Jobs, TrainJob, failure_file, failures, jobs_folder, run_jobs, states
@@ -340,6 +340,29 @@ def test_a_script_without_a_guard_is_told_in_one_line(tmp_path):
     assert done.stderr.strip().splitlines() == [runs._GUARD] and '__name__ == "__main__"' in done.stderr
     done = run(f"if __name__ == '__main__': {asks}")
     assert (done.returncode, done.stderr) == (0, "")
+    asks = "execute([Config(data='nowhere')], Store('runs'))"  # would fail where workers begin
+    done = subprocess.run([sys.executable, "-"], input=head + asks, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.strip().endswith("and <stdin> is no file; allowed: a script in a file")
+
+
+def test_a_sweep_is_not_for_many_processes_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^engine: jobs of 2 processes that were started together; allowed: of one"):
+        sweep(TINY, seed=range(2), engine="debug", store=Store(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [["--engine=slurm"], ["--engine=local", "--slurm=partition=gpu"]])
+def test_an_engine_that_cannot_work_leaves_nothing_behind(tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.setenv("PATH", "")
+    places = ["--runs", str(tmp_path / "runs")]
+    assert cli.main(["sweep", "--grid", "seed=0..1", *places, *wrong]) == 2
+    assert cli.main(["reproduce", "fig01", *places, "--out", str(tmp_path / "out"), *wrong]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and set(said) <= {
+        "symbreak: error: engine: 'slurm', but this machine has no sbatch; allowed here: local, debug",
+        "symbreak: error: options: 'partition' is for Slurm, and jobs run on this machine; allowed: none"}
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_job_can_be_pickled_and_asks_for_itself_again(tmp_path):
