@@ -22,6 +22,7 @@ from pandas import DataFrame
 
 from .cache import AbsentError
 from .config import Config
+from .data import canonical
 from .experiments import Request, offered, plan
 from .files import advice, locked, user_path
 from .figures import FigureFiles, figure_files, find_notebook
@@ -30,7 +31,7 @@ from .images import at_hand, one_look
 from .jobs import failure_file, failures, run_jobs, whereabouts
 from .measurements import MEASUREMENTS, source_digest
 from .plans import Planned
-from .profiles import variant
+from .profiles import find_profile, variant
 from .progress import Progress, is_installed
 from .records import write_json
 from .results import collect, everywhere, is_complete, reproduce
@@ -78,16 +79,18 @@ def figure_key(notebook: Path, request: Request, table: DataFrame) -> str:
     parts = (source_digest(), repr(request), *(json.dumps(t.attrs) + t.to_csv(index=False) for t in tables))
     return hashlib.sha256(notebook.read_bytes() + "\n".join(parts).encode()).hexdigest()
 
-def _own(request: Request) -> str:
-    "What the notebook of a figure was written for, if that is something else"
-    return request.scale.of or f"the images of {request.profile}" * (request.data is not None)
+def _written_for(request: Request) -> str:
+    "The profile or the images for which the notebook of a figure was written; empty: those that are asked for"
+    profile = find_profile(request.profile)
+    others = request.data is not None and request.data != canonical(profile.base.data)
+    return profile.of or f"the images of {profile.name}" * others
 
 def draw(notebook: Path, request: Request, files: FigureFiles) -> str: # where it ends early, if it does
     "Execute the notebook of a figure"
     from symbreak.kernels import execute_notebook
     early = execute_notebook(notebook, files.half_notebook, files.path("ipynb"),
                              dict(profile=request.profile, device=request.device, data=request.data,
-                                  out=str(files.folder.absolute())), "AssertionError" if _own(request) else "")
+                                  out=str(files.folder.absolute())), "AssertionError" if _written_for(request) else "")
     if not files.is_whole(): raise ValueError(f"notebook: {notebook.name} ended before the figure was there ({early})")
     return early
 
@@ -107,7 +110,7 @@ def make_figure(notebook: Path, request: Request, table: DataFrame, files: Figur
         if not is_installed("papermill"): return say(f"{request.name}: not drawn, since papermill is not installed")
         say(f"{request.name}: executing {notebook.name}")
         if early := draw(notebook, request, files):
-            say(f"{request.name}: drawn; the rest of its notebook holds for {_own(request)} only ({early})")
+            say(f"{request.name}: drawn; the rest of its notebook holds for {_written_for(request)} only ({early})")
         with suppress(OSError):  # a finished store may be read-only; then it is drawn again the next time
             made.parent.mkdir(parents=True, exist_ok=True)
             write_json(made, state)
@@ -129,18 +132,22 @@ def check_file(path: Path, option: str) -> None:
         raise ValueError(f"{option}: {str(path)!r} is a folder; allowed: the name of a file")
     if path.is_file() or not path.exists(): check_writable(path.resolve().parent, f"--{option}")
 
+def _too_few(request: Request) -> str: # empty: there are enough, or none at all on this machine
+    "Why there are too few images for a figure"
+    configs = [p.config for p in plan(request)] or [MEASUREMENTS[request.name].images(request.scale)]
+    for config in filter(None, configs):
+        try: at_hand(Config(data=config.data))  # what is wrong with a source is no matter of a figure
+        except AbsentError: continue  # and may not matter at all, if all runs are finished
+        try: at_hand(config)
+        except ValueError as e: return str(e)
+    return ""
+
 def check_images(requests: dict[str, Request]) -> None:
     "Raise ValueError if figures take more images than there are, with the names of the others"
-    wrong = {}
-    for name, request in requests.items():
-        wanted = [p.config for p in plan(request)] or [MEASUREMENTS[name].images(request.scale)]
-        try:
-            with one_look():
-                for config in filter(None, wanted): at_hand(config)
-        except AbsentError: pass  # may be needed by nothing, if all runs are finished
-        except ValueError as e: wrong[name] = str(e)
-    enough = " ".join(name for name in requests if name not in wrong)
-    if wrong: raise ValueError(f"{', '.join(wrong)}: {next(iter(wrong.values()))}" +
+    with one_look(): said = {name: _too_few(request) for name, request in requests.items()}
+    wrong = {why: [name for name in said if said[name] == why] for why in said.values() if why}
+    enough = " ".join(name for name in said if not said[name])
+    if wrong: raise ValueError("; ".join(f"{', '.join(names)}: {why}" for why, names in wrong.items()) +
                                f"; with these images allowed: {enough}" * bool(enough))
 
 @dataclass(frozen=True)
@@ -264,8 +271,8 @@ def run(names: Iterable[str] = (), # figures, such as ["fig04"]; empty: all
     requests = {name: Request(name, profile, device, data) for name in tuple(names) or offered(profile)}
     if not requests: raise ValueError(f"set: no figure has other runs at profile {profile}")
     notebooks = {name: find_notebook(name) for name in requests}
-    check_images(requests)
     user_path("~", "HOME")  # Jupyter does not start without one
+    check_images(requests)
     root = default_store().root if runs is None else user_path(runs, "runs")
     with _environment("SYMBREAK_RUNS", str(root.absolute())):
         deadline = None if budget_min is None else time.monotonic() + 60 * float(budget_min)

@@ -62,9 +62,13 @@ def local_executor(engine: Engine, folder: Path) -> "submitit.LocalExecutor": # 
     "What starts jobs as processes of this machine"
     executor = import_submitit().LocalExecutor(folder, max_num_timeout=_AS_MANY_AS_IT_TAKES)
     if unknown := sorted(set(engine.options) - {"signal_delay_s"}):
-        raise ValueError(f"options: {unknown[0]!r} is for Slurm, and jobs run on this machine; allowed: none")
-    no_limit, gpus = 60 * 24 * 365, torch.cuda.device_count()  # all of which its jobs may see
-    executor.update_parameters(timeout_min=engine.timeout_min or no_limit, gpus_per_node=gpus, **engine.options)
+        raise ValueError(f"options: {unknown[0]!r} is for Slurm, and jobs run on this machine; allowed: signal_delay_s")
+    timeout_min, gpus = engine.timeout_min or 60 * 24 * 365, torch.cuda.device_count()  # all of which its jobs may see
+    delay_s = engine.options.get("signal_delay_s", max(1, min(30, int(30 * timeout_min))))
+    if not 0 < delay_s < 60 * timeout_min:  # it would be killed unheard
+        raise ValueError(f"options: signal_delay_s: {delay_s} where timeout_min is {timeout_min:g}; allowed: more than "
+                         f"0, and less than that, which is {60 * timeout_min:g} s")
+    executor.update_parameters(timeout_min=timeout_min, gpus_per_node=gpus, signal_delay_s=delay_s)
     return executor
 
 # %% ../nbs/16_engines.ipynb #fd12a58d

@@ -10,7 +10,9 @@ __all__ = ['STATES', 'jobs_folder', 'failure_file', 'ticket_file', 'failures', '
 import json
 import os
 import signal
+import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -93,7 +95,8 @@ class TrainJob:
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             _set_or_remove("CUDA_VISIBLE_DEVICES", self.gpus)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that training takes it as an interrupt
-        try: status = self.store.train(self.config, stop=self.stops).record["status"]
+        try:
+            with terminable(): status = self.store.train(self.config, stop=self.stops).record["status"]
         except Exception:
             note_failure(self.store, self.config, traceback.format_exc())
             raise
@@ -132,19 +135,24 @@ def _errors_to(path: Path) -> Iterator[None]:
         os.close(before)
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    "Processes that are started inside never hear SIGINT; one that comes for this process is heard afterwards"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _later() -> Iterator[None]:
+    "Interrupts of this process wait for the end of the block; processes that are started inside never hear SIGINT"
+    came, in_main = [], threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        for number, handler in handlers.items(): signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came[:1]: signal.raise_signal(number)
 
 def _submit_here(engine: Engine, jobs: list[TrainJob], logs: Path) -> dict: # submitit's job -> ours
     "Jobs to this machine, or to this process"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     folder = Path(tempfile.mkdtemp(dir=logs))  # a process may get the number of an earlier one
     executor = import_submitit().DebugExecutor(folder) if engine.kind == "debug" else local_executor(engine, folder)
-    with _errors_to(jobs_folder(jobs[0].store)/"controllers.log"), _deaf_to_interrupts():
-        return {executor.submit(job): job for job in jobs}
+    with _errors_to(jobs_folder(jobs[0].store)/"controllers.log"): return {executor.submit(job): job for job in jobs}
 
 # %% ../nbs/16_jobs.ipynb #e37e89fc
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "COMPLETING", "SUSPENDED",
@@ -201,8 +209,10 @@ class Jobs:
         else: jobs = self._next()
         if not jobs: return
         jobs_folder(self.store).mkdir(parents=True, exist_ok=True)
-        self.at_work |= (_submit_arrays(self.engine, jobs) if self.engine.kind == "slurm" else
-                         _submit_here(self.engine, jobs, self.logs))
+        for some in [jobs] if self.engine.kind == "slurm" else [[job] for job in jobs]:
+            with _later():  # or nobody would know of what has been submitted
+                self.at_work |= (_submit_arrays(self.engine, some) if self.engine.kind == "slurm" else
+                                 _submit_here(self.engine, some, self.logs))
 
     def _next(self) -> list[TrainJob]:
         "What there is room for, taken off the queue"
@@ -237,8 +247,12 @@ class Jobs:
         if self.engine.kind != "local": return
         for job in self.at_work:
             if not job.done(): os.kill(int(job.job_id), signal.SIGTERM)
-        deadline = time.monotonic() + 60  # for large checkpoints; whoever has not heard us pauses when we are gone
-        while not all(job.done() for job in self.at_work) and time.monotonic() < deadline: time.sleep(0.05)
+        began, told = time.monotonic(), False
+        while (left := sum(not job.done() for job in self.at_work)) and time.monotonic() - began < 60:
+            if not told and time.monotonic() - began > 2:
+                print(f"waiting for {left} jobs to save their last epoch", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(0.05)
 
 def _clear(job) -> None:
     "Remove what submitit has written for a job that went well"

@@ -164,7 +164,6 @@ def not_compared(tables: Iterable[pd.DataFrame], # as `collect` returns them
     labels = sorted({label for table in tables for label in table.attrs.get("unchecked", ())})
     return f"Not at hand, so not compared with what the runs have seen: {', '.join(labels)}." if labels else ""
 
-
 # %% ../nbs/23_results.ipynb #297bd8c4
 def archive(profile: str, # such as "cifar"
             folder: Path | str, # such as results/cifar

@@ -220,7 +220,8 @@ _GUARD = ("symbreak: error: workers start by importing the script that asks for 
 
 def _check_guard() -> None:
     "Refuse a script that workers cannot import, and end one that does the caller's work once more"
-    script = getattr(sys.modules["__main__"], "__file__", None)
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None) if main.__spec__ is None else None  # as multiprocessing decides
     if script and not Path(script).exists():
         raise ValueError(f"workers: they start by importing the script that asks for them, and {script} is no file; "
                          "allowed: a script in a file")

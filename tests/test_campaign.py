@@ -88,9 +88,9 @@ def test_what_a_notebook_asserts_counts_for_the_images_and_the_profile_that_it_w
     tolerated = []
     monkeypatch.setattr(kernels, "execute_notebook", lambda *args: tolerated.append(args[-1]) or "")
     monkeypatch.setattr(FigureFiles, "is_whole", lambda self: True)
-    for asked in (dict(), dict(data="digits"), dict(profile="quick+width=1")):
+    for asked in (dict(), dict(data="digits"), dict(data="mnist"), dict(profile="quick+width=1")):
         draw(tmp_path / "x.ipynb", Request("fig04", **asked), FigureFiles("fig04", tmp_path))
-    assert tolerated == ["", "AssertionError", "AssertionError"]
+    assert tolerated == ["", "", "AssertionError", "AssertionError"]
 
 
 def test_too_few_images_are_told_before_anything_is_measured(tmp_path, monkeypatch):
@@ -103,6 +103,8 @@ def test_too_few_images_are_told_before_anything_is_measured(tmp_path, monkeypat
     with pytest.raises(ValueError, match="^fig11: train_size: 1280; allowed: 1..800; .* allowed: fig02 fig03$"):
         run(["fig02", "fig11", "fig03"], **asked)
     with pytest.raises(ValueError, match="^fig11: train_size: 1280; allowed: 1..800$"): run(["fig11"], **asked)
+    with pytest.raises(ValueError, match="^fig06: train_size: 5000; .*; fig01, fig04: train_size: 10000; allowed: 1.."):
+        run(["fig06", "fig01", "fig04"], "cifar", **asked)
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
 
@@ -186,9 +188,9 @@ def test_on_slurm_there_is_no_budget(tmp_path):
 def test_the_command_makes_an_engine(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(campaign, "run", lambda *args: asked.append(args[-1]) or {"fig01": _flat()})
-    options = ["--workers", "9", "--timeout-min", "90", "--slurm", "signal_delay_s=60"]
-    cli.main(["reproduce", "fig01", "--engine", "local", *options])
-    assert asked == [Engine("local", at_once=9, timeout_min=90., options=dict(signal_delay_s=60))]
+    monkeypatch.setattr("symbreak.sweep.check_engine", lambda engine: None)  # there may be no Slurm
+    cli.main(["reproduce", "fig01", "--engine", "slurm", "--workers", "9", "--timeout-min", "90", "--slurm", "mem=8GB"])
+    assert asked == [Engine("slurm", at_once=9, timeout_min=90., options=dict(mem="8GB"))]
 
 
 def _flat():
