@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ from .engines import Engine, as_engine, import_submitit, local_executor, slurm_e
 from .files import temporary_folder
 from .images import one_look
 from .outcome import Run
-from .processes import terminable
+from .processes import interrupts_wait, terminable
 from .records import write_atomic, write_json
 from .runs import Budget, Store, default_workers, longest_first
 
@@ -134,19 +133,6 @@ def _errors_to(path: Path) -> Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
 
-@contextmanager
-def _later() -> Iterator[None]:
-    "Interrupts of this process wait for the end of the block; processes that are started inside never hear SIGINT"
-    came, in_main = [], threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: yield
-    finally:
-        for number, handler in handlers.items(): signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in came[:1]: signal.raise_signal(number)
-
 def _submit_here(engine: Engine, jobs: list[TrainJob], logs: Path) -> dict: # submitit's job -> ours
     "Jobs to this machine, or to this process"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -210,7 +196,7 @@ class Jobs:
         if not jobs: return
         jobs_folder(self.store).mkdir(parents=True, exist_ok=True)
         for some in [jobs] if self.engine.kind == "slurm" else [[job] for job in jobs]:
-            with _later():  # or nobody would know of what has been submitted
+            with interrupts_wait():  # or nobody would know of what has been submitted
                 self.at_work |= (_submit_arrays(self.engine, some) if self.engine.kind == "slurm" else
                                  _submit_here(self.engine, some, self.logs))
 
