@@ -236,6 +236,20 @@ Train deep networks whose features all start identical, and watch what breaks th
 symbreak help VERB lists the options of a verb. Set SYMBREAK_DEBUG=1 for tracebacks."""
 
 # %% ../nbs/34_cli.ipynb #8fb18eb5
+_OURS = {  # what tyro says -> what we say
+    r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)": r"\1: \2; allowed: int",
+    r"Error parsing (--\S+): could not convert string to float: (.*)": r"\1: \2; allowed: float",
+    r"Error parsing (--\S+): no type matching \{None\}\|INT could be instantiated from \[(.*)\]":
+        r"\1: \2; allowed: int or None",
+    r"Error parsing (--\S+): no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]":
+        r"\1: \2; allowed: float or None",
+    r"invalid choice (.*) for argument '(--\S+)'. Expected one of \((.*)\)": r"\2: \1; allowed: \3"}
+
+def _in_our_words(said: str) -> str:
+    "The option, the value, and what is allowed"
+    for theirs, ours in _OURS.items(): said = re.sub(theirs, ours, said)
+    return said
+
 def in_one_line(said: str, # what tyro prints: a title and parts, with rules between them, in a frame
 ) -> str:
     "What is wrong, and what may have been meant"
@@ -245,8 +259,8 @@ def in_one_line(said: str, # what tyro prints: a title and parts, with rules bet
     parts = [list(part) for text, part in groupby(lines, is_text) if text][1:]
     if not parts: return " ".join(said.split())
     meant = [part[1].split()[0] for part in parts if part[0] == "Perhaps you meant:"]
-    return " ".join(takewhile(bool, parts[0])).rstrip(".") + "".join(f"; perhaps you meant {option}"
-                                                                     for option in meant)
+    wrong = _in_our_words(" ".join(takewhile(bool, parts[0])).rstrip("."))
+    return wrong + "".join(f"; perhaps you meant {option}" for option in meant)
 
 # %% ../nbs/34_cli.ipynb #5f669b9d
 def parse(verb: str, argv: list[str]) -> Callable[[], int]: # the verb with its options, ready to be done
