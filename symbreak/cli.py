@@ -4,24 +4,22 @@
 
 # %% auto #0
 __all__ = ['Folder', 'VERBS', 'HELP', 'judged', 'print_claims', 'Reproduce', 'Report', 'List', 'check_verb', 'probe_verb',
-           'train_verb', 'sweep_verb', 'plan_verb', 'in_one_line', 'parse', 'main', 'answer', 'guarded']
+           'train_verb', 'sweep_verb', 'plan_verb', 'parse', 'main', 'answer', 'guarded']
 
 # %% ../nbs/34_cli.ipynb #148f1ad1
 import io
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from itertools import groupby, takewhile
 from typing import Annotated, Literal
 
 import tyro
 
 from .memory import memory_advice
 from .processes import terminable
-from .terminal import console, print_damage, unheard_at_will
+from .terminal import console, in_one_line, print_damage, unheard_at_will
 
 # %% ../nbs/34_cli.ipynb #52383bcf
 Folder = Annotated[str | None, tyro.conf.arg(metavar="PATH")]
@@ -234,33 +232,6 @@ Train deep networks whose features all start identical, and watch what breaks th
   check       say which features of any torch model are identical, dead or stuck
 
 symbreak help VERB lists the options of a verb. Set SYMBREAK_DEBUG=1 for tracebacks."""
-
-# %% ../nbs/34_cli.ipynb #8fb18eb5
-_OURS = {  # what tyro says -> what we say
-    r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)": r"\1: \2; allowed: int",
-    r"Error parsing (--\S+): could not convert string to float: (.*)": r"\1: \2; allowed: float",
-    r"Error parsing (--\S+): no type matching \{None\}\|INT could be instantiated from \[(.*)\]":
-        r"\1: \2; allowed: int or None",
-    r"Error parsing (--\S+): no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]":
-        r"\1: \2; allowed: float or None",
-    r"invalid choice (.*) for argument '(--\S+)'. Expected one of \((.*)\)": r"\2: \1; allowed: \3"}
-
-def _in_our_words(said: str) -> str:
-    "The option, the value, and what is allowed"
-    for theirs, ours in _OURS.items(): said = re.sub(theirs, ours, said)
-    return said
-
-def in_one_line(said: str, # what tyro prints: a title and parts, with rules between them, in a frame
-) -> str:
-    "What is wrong, and what may have been meant"
-    plain = re.sub(r"\x1b\[[\d;]*m|[│╯╰╭╮]", "", said)  # without colours and frame
-    lines = [line.strip() for line in re.sub(r"^─+ (.*?) ─+$", r"\1\n───", plain, flags=re.M).splitlines()]
-    def is_text(line): return len(line) < 3 or bool(line.strip("─-"))
-    parts = [list(part) for text, part in groupby(lines, is_text) if text][1:]
-    if not parts: return " ".join(said.split())
-    meant = [part[1].split()[0] for part in parts if part[0] == "Perhaps you meant:"]
-    wrong = _in_our_words(" ".join(takewhile(bool, parts[0])).rstrip("."))
-    return wrong + "".join(f"; perhaps you meant {option}" for option in meant)
 
 # %% ../nbs/34_cli.ipynb #5f669b9d
 def parse(verb: str, argv: list[str]) -> Callable[[], int]: # the verb with its options, ready to be done
